@@ -1,0 +1,138 @@
+"""Checkpoints: a thin layer over orbax v1, asynchronous, strict, restored onto any mesh."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+from orbax.checkpoint import v1 as ocp
+
+from bigjax.experiment import UsageError
+from bigjax.sharding import path_string
+
+_preservation = ocp.training.preservation_policies
+
+
+def _leaves(tree: Any) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Returns `{path: (shape, dtype)}` of every array in an abstract or saved tree."""
+    return {
+        path_string(path): (tuple(leaf.shape), str(leaf.dtype))
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+
+
+def differences(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    """Returns one line for every leaf that is missing, extra, reshaped or retyped."""
+    lines = [f'missing: {path}' for path in wanted if path not in saved]
+    lines += [f'extra: {path}' for path in saved if path not in wanted]
+    for path in wanted.keys() & saved.keys():
+        (shape, dtype), (new_shape, new_dtype) = saved[path], wanted[path]
+        if shape != new_shape:
+            lines.append(f'reshaped: {path} is {shape} there, {new_shape} here')
+        if dtype != new_dtype:
+            lines.append(f'retyped: {path} is {dtype} there, {new_dtype} here')
+    return sorted(lines)
+
+
+class Checkpoints:
+    """The checkpoints of one run: the latest few and the best.
+
+    A save returns as soon as the state has been copied; files are written in the background and a
+    checkpoint counts only when it is complete, so a process killed at any time leaves whole ones.
+    """
+
+    def __init__(self, workdir: Path, *, keep: int) -> None:
+        policy = _preservation.AnyPreservationPolicy(
+            [
+                _preservation.LatestN(keep),
+                _preservation.BestN(
+                    get_metric_fn=lambda metrics: metrics['badness'],
+                    reverse=True,
+                    n=1,
+                    keep_checkpoints_without_metrics=False,
+                ),
+            ]
+        )
+        self.directory = workdir / 'checkpoints'
+        self._checkpointer = ocp.training.Checkpointer(
+            self.directory, preservation_policy=policy, cleanup_tmp_directories=True
+        )
+
+    def steps(self) -> list[int]:
+        """Returns the steps of all complete checkpoints, ascending."""
+        return [checkpoint.step for checkpoint in self._checkpointer.checkpoints]
+
+    def best(self) -> int | None:
+        """Returns the step of the best checkpoint; the latest where none was evaluated."""
+        scored = [c for c in self._checkpointer.checkpoints if c.metrics]
+        best = min(scored, key=lambda c: c.metrics['badness'], default=None)
+        return best.step if best else max(self.steps(), default=None)
+
+    def choose(self, which: str) -> int:
+        """Returns the step that `which` names: `'latest'`, `'best'` or a number.
+
+        Raises:
+          UsageError: there is no such checkpoint.
+        """
+        steps = self.steps()
+        if not steps:
+            raise UsageError(
+                f'--workdir={self.directory.parent}: holds no checkpoint yet; '
+                f'train first, with --action=train'
+            )
+        named = {'latest': max(steps), 'best': self.best(), **{str(s): s for s in steps}}
+        if which not in named:
+            raise UsageError(
+                f'--checkpoint={which}: must be latest, best or one of '
+                f'{", ".join(map(str, steps))}; try --checkpoint=latest'
+            )
+        return named[which]
+
+    def save(self, step: int, state: Any, *, progress: dict[str, Any], badness: float | None) -> None:
+        """Starts writing `state`.
+
+        Args:
+          step: the step the state has reached; nothing happens if it is already saved.
+          state: pytree of arrays that all processes own together.
+          progress: what the loop must remember, as JSON.
+          badness: what the best checkpoint has least of; None where nothing was evaluated.
+
+        Raises:
+          OSError: the save before this one failed.
+        """
+        if step not in self.steps():
+            self._checkpointer.save_checkpointables_async(
+                step,
+                {'state': state},
+                force=True,
+                metrics=None if badness is None else {'badness': badness},
+                custom_metadata=progress,
+            )
+
+    def restore(self, step: int, abstract: Any, shardings: Any) -> tuple[Any, dict[str, Any]]:
+        """Returns the state saved at `step`, placed by `shardings`, and the loop's progress.
+
+        Raises:
+          UsageError: a leaf is missing, extra, reshaped or retyped; all are named.
+        """
+        metadata = self._checkpointer.checkpointables_metadata(step)
+        wrong = differences(_leaves(metadata.metadata['state']), _leaves(abstract))
+        if wrong:
+            raise UsageError(
+                f'--workdir={self.directory.parent}: checkpoint {step} does not fit this model:\n  '
+                + '\n  '.join(wrong)
+                + '\nuse the knobs and the code it was trained with, or another --workdir'
+            )
+        target = jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings
+        )
+        loaded = self._checkpointer.load_checkpointables(step, {'state': target})
+        return loaded['state'], dict(metadata.custom_metadata or {})
+
+    def wait(self) -> None:
+        """Blocks until the save in progress is complete, raising if it failed."""
+        self._checkpointer.wait()
+
+    def close(self) -> None:
+        """Waits for the save in progress and frees the writer's threads."""
+        self._checkpointer.close()

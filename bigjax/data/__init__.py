@@ -1,0 +1,1 @@
+"""Data: sources -> records addressed by index -> grain.MapDataset -> dicts of numpy."""

@@ -1,0 +1,131 @@
+"""Language modelling: a corpus and a tokenizer become windows of tokens."""
+
+import dataclasses
+import os
+from pathlib import Path
+
+import numpy as np
+
+from bigjax.data.card import Card, MappedArray, prepared
+from bigjax.data.corpora import SPLITS, Corpus, open_corpus
+from bigjax.data.tokenizers import BpeTokenizer, ByteTokenizer, Tokenizer, train_bpe
+from bigjax.experiment import UsageError
+
+
+@dataclasses.dataclass(frozen=True)
+class Windows:
+    """Records of `seq + 1` consecutive tokens, one every `seq`, so each is a target once.
+
+    Attributes:
+        tokens: the whole text, integers [n].
+        seq: targets in a window.
+    """
+
+    tokens: MappedArray | np.ndarray
+    seq: int
+
+    def __len__(self) -> int:
+        return -(-(len(self.tokens) - 1) // self.seq)
+
+    def take(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+        """Returns 'tokens' int32 [n, seq + 1]; what lies past the end of the text is -1."""
+        places = indices[:, None] * self.seq + np.arange(self.seq + 1)[None]
+        last = len(self.tokens) - 1
+        if not len(places) or places[:, -1].max() <= last:
+            return {'tokens': self.tokens[places].astype(np.int32)}
+        tokens = self.tokens[np.minimum(places, last)].astype(np.int32)
+        return {'tokens': np.where(places <= last, tokens, np.int32(-1))}
+
+
+@dataclasses.dataclass(frozen=True)
+class LanguageData:
+    """A corpus ready for language modelling.
+
+    Attributes:
+        train: windows of the training text.
+        validation: windows of the held-out text.
+        tokenizer: how the text became tokens.
+        card: description; sizes count tokens.
+    """
+
+    train: Windows
+    validation: Windows
+    tokenizer: Tokenizer
+    card: Card
+
+
+def open_language(
+    dataset: str, *, seq: int, data_dir: str, tokenizer: str = 'bytes', vocab: int = 4096
+) -> LanguageData:
+    """Returns a corpus as windows of tokens, preparing it on first use.
+
+    Args:
+        dataset: 'stdlib', 'files:GLOB' or 'tfds:NAME'.
+        seq: tokens predicted in a window.
+        data_dir: where prepared data is kept.
+        tokenizer: 'bytes' or 'bpe' (trained on the training text, once).
+        vocab: number of BPE tokens; 'bytes' has 256 whatever this says.
+
+    Raises:
+        UsageError: unknown source or tokenizer, nothing there, text too short, not UTF-8 for BPE.
+    """
+    if tokenizer not in ('bytes', 'bpe'):
+        raise UsageError(f'--tokenizer={tokenizer}: must be bytes or bpe; try --tokenizer=bytes')
+    if tokenizer == 'bpe' and vocab < 256:
+        raise UsageError(
+            f'--vocab={vocab}: a byte-level BPE has at least the 256 bytes; try --vocab=4096'
+        )
+    if seq < 1:
+        raise UsageError(f'--seq={seq}: must be at least 1; try --seq=64')
+    data_dir = os.path.expanduser(data_dir)
+    corpus = open_corpus(dataset, data_dir=data_dir)
+    name = tokenizer if tokenizer == 'bytes' else f'bpe{vocab}'
+    folder = prepared(
+        data_dir, f'tokens/{corpus.key}-{name}', lambda made: write_tokens(made, corpus, name, vocab)
+    )
+    train, validation = (
+        Windows(MappedArray(folder / f'{split}.npy'), seq) for split in SPLITS
+    )
+    for split, windows in zip(SPLITS, (train, validation), strict=True):
+        if not len(windows):
+            raise UsageError(
+                f'--dataset={dataset}: its {split} text has {len(windows.tokens)} tokens, '
+                'and a language model needs at least 2'
+            )
+    sizes = {'train': len(train.tokens), 'validation': len(validation.tokens)}
+    return LanguageData(
+        train=train,
+        validation=validation,
+        tokenizer=read_tokenizer(folder, name),
+        card=dataclasses.replace(corpus.card, sizes=sizes),
+    )
+
+
+def read_tokenizer(folder: Path, name: str) -> ByteTokenizer | BpeTokenizer:
+    """Returns the tokenizer that wrote `folder`."""
+    return ByteTokenizer() if name == 'bytes' else BpeTokenizer(folder / 'tokenizer.json')
+
+
+def write_tokens(folder: Path, corpus: Corpus, name: str, vocab: int) -> None:
+    """Writes the tokens of each split, and the tokenizer if it was trained, into `folder`."""
+    if name != 'bytes':
+        texts = (text.decode() for text in documents(corpus, 'train', utf8=True))
+        train_bpe(texts, vocab=vocab, path=folder / 'tokenizer.json')
+    tokenizer = read_tokenizer(folder, name)
+    for split in SPLITS:
+        tokens = tokenizer.encode_documents(documents(corpus, split, utf8=name != 'bytes'))
+        np.save(folder / f'{split}.npy', tokens)
+
+
+def documents(corpus: Corpus, split: str, *, utf8: bool):
+    """Yields the documents of a split; with `utf8`, refuses those that are not."""
+    for place, text in corpus.documents(split):
+        if utf8:
+            try:
+                text.decode()
+            except UnicodeDecodeError as error:
+                raise UsageError(
+                    f'--tokenizer=bpe: {place} is not UTF-8 at byte {error.start}; convert it, '
+                    'or try --tokenizer=bytes'
+                ) from error
+        yield text

@@ -1,0 +1,108 @@
+"""Exact evaluation: sums and weights over whole data sets, ragged ends included."""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+
+from bigjax import optimizers, sharding
+from bigjax.data import pipeline
+from bigjax.experiment import Experiment, UsageError
+from bigjax.task import Batch, Metrics
+
+if TYPE_CHECKING:
+    from bigjax.train import Setup, TrainState
+
+# Metrics that are better high; all others are better low.
+HIGHER_IS_BETTER = ('accuracy',)
+# Counts are summed over the data, not averaged.
+COUNTS = ('confusion',)
+
+
+def evaluate(
+    eval_step: Callable[[Any, Any, Batch], Metrics],
+    params: Any,
+    extra: Any,
+    batches: Iterable[Batch],
+) -> dict[str, np.ndarray]:
+    """Returns every metric over all batches as sum of sums / sum of weights, in float64.
+
+    A mean of batch means would be wrong where the last batch is short; this is exact.
+    """
+    totals: dict[str, tuple[Any, Any]] = {}
+
+    def add(metrics: Metrics) -> None:
+        for name, (value, weight) in jax.device_get(metrics).items():
+            value_sum, weight_sum = totals.get(name, (0.0, 0.0))
+            totals[name] = (value_sum + np.float64(value), weight_sum + np.float64(weight))
+
+    previous: Metrics = {}
+    for batch in batches:
+        current = eval_step(params, extra, batch)
+        add(previous)  # The device works on this batch while the one before is read.
+        previous = current
+    add(previous)
+    return {
+        name: value if name in COUNTS else value / np.maximum(weight, 1.0)
+        for name, (value, weight) in totals.items()
+    }
+
+
+class Evaluator:
+    """Evaluates a train state on every evaluation set of an experiment.
+
+    With a weight average in the optimizer state, the average is evaluated.
+    """
+
+    def __init__(self, experiment: Experiment, plan: 'Setup') -> None:
+        """Prepares; nothing is compiled before the first call.
+
+        Raises:
+          UsageError: `--monitor` names a set or metric that is not there.
+        """
+        self._experiment, self._mesh = experiment, plan.mesh
+
+        def eval_step(params: Any, extra: Any, batch: Batch) -> Metrics:
+            return experiment.task.loss(params, extra, batch, jax.random.key(0), False)[1][1]
+
+        self._eval_step = jax.jit(eval_step, out_shardings=sharding.replicated(plan.mesh))
+        name, _, self._metric = experiment.run.monitor.partition('/')
+        self._set = name
+        known = self._metrics(eval_step, plan)
+        if experiment.run.monitor not in known:
+            raise UsageError(
+                f'--monitor={experiment.run.monitor}: must be one of {", ".join(known)}; '
+                f'try --monitor={known[0]}'
+            )
+
+    def _metrics(self, eval_step: Callable[..., Metrics], plan: 'Setup') -> list[str]:
+        """Returns every SET/METRIC, from shapes alone."""
+        found = []
+        for name, records in self._experiment.data.evals.items():
+            row, state = pipeline.eval_batches(records, batch=1)[0], plan.abstract
+            metrics = jax.eval_shape(eval_step, state.params, state.extra, row)
+            found += [f'{name}/{metric}' for metric in metrics if metric not in COUNTS]
+        return found
+
+    def __call__(self, state: 'TrainState') -> dict[str, dict[str, np.ndarray]]:
+        """Returns `{set: {metric: value}}`; a confusion matrix is an array [C, C] of counts."""
+        params = optimizers.evaluation_params(state.params, state.opt_state)
+        placed = sharding.batch_sharding(self._mesh)
+        scores = {}
+        for name, records in self._experiment.data.evals.items():
+            dataset = pipeline.eval_batches(
+                records,
+                batch=self._experiment.run.batch,
+                process_index=jax.process_index(),
+                process_count=jax.process_count(),
+            )
+            batches = pipeline.iterate(dataset, start=0, stop=len(dataset))
+            sharded = (sharding.shard_batch(batch, placed) for batch in batches)
+            scores[name] = evaluate(self._eval_step, params, state.extra, sharded)
+        return scores
+
+    def badness(self, scores: Mapping[str, Mapping[str, np.ndarray]]) -> float:
+        """Returns the monitored metric, negated if it is better high."""
+        value = float(scores[self._set][self._metric])
+        return -value if self._metric in HIGHER_IS_BETTER else value

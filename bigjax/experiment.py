@@ -1,0 +1,335 @@
+"""Experiment: what a run is, and how a function under experiments/ becomes one.
+
+An experiment is a function whose keyword-only arguments are its knobs. An argument whose default is
+a frozen dataclass (`Run`, `Optim`, …) is a group: each of its fields is a knob, too.
+"""
+
+import ast
+import dataclasses
+import hashlib
+import importlib
+import inspect
+import json
+import re
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+if TYPE_CHECKING:  # Listing experiments and reading flags must not wait for JAX to load.
+    import optax
+
+    from bigjax.data.pipeline import Augment, Data
+    from bigjax.sharding import Rule
+    from bigjax.task import Task
+
+EXPERIMENTS = Path(__file__).parent.parent / 'experiments'
+
+
+class UsageError(ValueError):
+    """A mistake in what the user asked for; its message names flag, value, rule and a way out."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Run:
+    """How a run goes, whatever it trains.
+
+    Attributes:
+      steps: optimizer steps in all
+      batch: examples of one step, over all devices and hosts
+      seed: seed of initialisation, data order, augmentation and dropout
+      eval_every: steps between evaluations; 0 evaluates at the end only
+      save_every: steps between checkpoints; 0 saves at the end only
+      log_every: steps between logged lines
+      keep: latest checkpoints kept, beside the best one
+      monitor: what "best" means, as SET/METRIC; accuracies are better high, all else low
+      patience: evaluations without a better --monitor before training stops early; 0 never stops
+      accumulate: microbatches that one step's batch is computed in, to save memory
+      steps_per_call: steps scanned in one call of the compiled program
+      mesh: devices per axis, such as data=2,fsdp=2,tensor=2; one axis may be -1 (what is left)
+      workers: processes that prepare data; 0 uses threads
+      data_dir: where data sets are prepared and looked for
+      profile_steps: FIRST:LAST steps to trace for a profiler; empty traces none
+    """
+
+    steps: int
+    batch: int
+    seed: int = 0
+    eval_every: int = 0
+    save_every: int = 0
+    log_every: int = 10
+    keep: int = 2
+    monitor: str = 'validation/loss'
+    patience: int = 0
+    accumulate: int = 1
+    steps_per_call: int = 1
+    mesh: str = 'data=-1'
+    workers: int = 0
+    data_dir: str = '~/tensorflow_datasets'
+    profile_steps: str = ''
+
+    # A resumed run may change these: they say how long and where it runs, not what it computes.
+    FREE: ClassVar[frozenset[str]] = frozenset(
+        'steps eval_every save_every log_every keep monitor patience steps_per_call mesh workers '
+        'data_dir profile_steps'.split()
+    )
+
+    def __post_init__(self) -> None:
+        for name, least in {'steps': 1, 'batch': 1, 'seed': 0, 'eval_every': 0, 'save_every': 0,
+                            'log_every': 1, 'keep': 1, 'patience': 0, 'accumulate': 1,
+                            'steps_per_call': 1, 'workers': 0}.items():  # fmt: skip
+            if getattr(self, name) < least:
+                raise UsageError(
+                    f'--{name}={getattr(self, name)}: must be at least {least}; '
+                    f'try --{name}={max(least, 1)}'
+                )
+        for name in ('steps', 'eval_every', 'save_every'):
+            if getattr(self, name) % self.steps_per_call:
+                near = round(getattr(self, name) / self.steps_per_call) or 1
+                raise UsageError(
+                    f'--{name}={getattr(self, name)}: must be a multiple of '
+                    f'--steps_per_call={self.steps_per_call}; '
+                    f'try --{name}={near * self.steps_per_call}'
+                )
+        if self.profile_steps and not re.fullmatch(r'\d+:\d+', self.profile_steps):
+            raise UsageError(
+                f'--profile_steps={self.profile_steps}: must be FIRST:LAST; '
+                f'try --profile_steps=10:13'
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sample:
+    """How text is generated.
+
+    Attributes:
+      prompt: text to go on from
+      length: tokens to generate
+      samples: how many texts
+      temperature: divides the logits; 0 takes the likeliest token
+      top_k: draw from the k likeliest tokens only; 0 is off
+      top_p: draw from the likeliest tokens that hold this much probability; 1 is off
+      min_p: leave out tokens less likely than this share of the likeliest one's; 0 is off
+      sample_seed: seed of the draws
+    """
+
+    prompt: str = '\n'
+    length: int = 400
+    samples: int = 1
+    temperature: float = 0.8
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    sample_seed: int = 0
+
+    FREE: ClassVar[frozenset[str]] = frozenset(
+        'prompt length samples temperature top_k top_p min_p sample_seed'.split()
+    )
+
+    def __post_init__(self) -> None:
+        for name, rule, ok in (
+            ('length', 'must be at least 1', self.length >= 1),
+            ('samples', 'must be at least 1', self.samples >= 1),
+            ('temperature', 'must not be negative', self.temperature >= 0),
+            ('top_k', 'must not be negative', self.top_k >= 0),
+            ('top_p', 'must be above 0 and at most 1', 0 < self.top_p <= 1),
+            ('min_p', 'must be at least 0 and below 1', 0 <= self.min_p < 1),
+        ):
+            if not ok:
+                default = type(self).__dataclass_fields__[name].default
+                raise UsageError(
+                    f'--{name}={getattr(self, name)}: {rule}; try --{name}={default}'
+                )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """Everything `bigjax.train.train` needs, as real objects.
+
+    Attributes:
+      task: what is computed; see `bigjax.task`.
+      optimizer: the optax chain.
+      schedule: step -> learning rate, for the log.
+      data: training and evaluation records with their description.
+      rules: ordered sharding rules that cover every parameter.
+      run: the knobs of the run.
+      augment: what training batches go through, if anything.
+      sample: how text is generated, for language models.
+      tokenizer: text <-> tokens, for language models.
+      nonfinite: `'stop'` ends training at a loss or gradient that is not finite; `'skip'` goes on.
+    """
+
+    task: 'Task'
+    optimizer: 'optax.GradientTransformation'
+    schedule: Callable[[Any], Any]
+    data: 'Data'
+    rules: 'Sequence[Rule]'
+    run: Run
+    augment: 'Augment | None' = None
+    sample: Sample | None = None
+    tokenizer: Any = None
+    nonfinite: str = 'stop'
+
+
+class Knob(typing.NamedTuple):
+    """One scalar that a flag sets.
+
+    Attributes:
+      default: its value when no flag is given.
+      type: `int`, `float`, `bool`, `str`, or a tuple of the strings it may be.
+      help: one line.
+      group: the function's argument whose field it is, or its own name.
+      free: whether a resumed run may change it.
+    """
+
+    default: Any
+    type: Any
+    help: str
+    group: str
+    free: bool = False
+
+
+def names() -> dict[str, str]:
+    """Returns every experiment's name and first docstring line, without importing any."""
+    files = sorted(EXPERIMENTS.glob('[a-z]*.py'))
+    docs = {f.stem: ast.get_docstring(ast.parse(f.read_text('utf-8'))) or '' for f in files}
+    return {name: doc.partition('\n')[0] for name, doc in docs.items()}
+
+
+def find(name: str) -> Callable[..., Experiment]:
+    """Returns the function `experiment` of `experiments/<name>.py`."""
+    if name not in names():
+        import difflib
+
+        near = difflib.get_close_matches(name, names(), n=1)
+        raise UsageError(
+            f'--experiment={name}: there is no experiments/{name}.py; '
+            f'try --experiment={near[0] if near else next(iter(names()))}'
+        )
+    return importlib.import_module(f'experiments.{name}').experiment
+
+
+def _help(doc: str | None) -> dict[str, str]:
+    """Returns `{name: line}` of a docstring's indented `name: line` entries."""
+    return dict(re.findall(r'^ +(\w+): (.+)$', inspect.cleandoc(doc or ''), re.MULTILINE))
+
+
+def _type(annotation: Any) -> Any:
+    if typing.get_origin(annotation) is Literal:
+        return typing.get_args(annotation)
+    return annotation
+
+
+def knobs(function: Callable[..., Experiment]) -> dict[str, Knob]:
+    """Returns the knobs of an experiment function in the order of its signature."""
+    hints, lines = typing.get_type_hints(function), _help(function.__doc__)
+    found: dict[str, Knob] = {}
+    for name, parameter in inspect.signature(function).parameters.items():
+        default = parameter.default
+        if not dataclasses.is_dataclass(default):
+            found[name] = Knob(default, _type(hints[name]), lines[name], name)
+            continue
+        group_hints, group_lines = typing.get_type_hints(type(default)), _help(default.__doc__)
+        for field in dataclasses.fields(default):
+            found[field.name] = Knob(
+                getattr(default, field.name),
+                _type(group_hints[field.name]),
+                group_lines[field.name],
+                name,
+                field.name in getattr(default, 'FREE', ()),
+            )
+    return found
+
+
+def build(function: Callable[..., Experiment], values: Mapping[str, Any]) -> Experiment:
+    """Calls an experiment function with knobs given by name, groups put together again."""
+    arguments: dict[str, Any] = {}
+    grouped: dict[str, dict[str, Any]] = {}
+    for name, knob in knobs(function).items():
+        if name in values:
+            if knob.group == name:
+                arguments[name] = values[name]
+            else:
+                grouped.setdefault(knob.group, {})[name] = values[name]
+    defaults = inspect.signature(function).parameters
+    for group, fields in grouped.items():
+        arguments[group] = dataclasses.replace(defaults[group].default, **fields)
+    return function(**arguments)
+
+
+def load(name: str, **values: Any) -> Experiment:
+    """Returns the experiment called `name` with some knobs set, as `launch.py` builds it."""
+    function = find(name)
+    unknown = values.keys() - knobs(function).keys()
+    if unknown:
+        raise UsageError(f'--{min(unknown)}: {name} has no such knob; see --help')
+    return build(function, values)
+
+
+@dataclasses.dataclass(frozen=True)
+class Identity:
+    """Name and knobs of a run: what its workdir is called and what may not change in it.
+
+    Attributes:
+      experiment: name of the experiment.
+      knobs: every knob's value.
+      changed: names of the knobs that are not at their default.
+      free: names of the knobs that a resumed run may change.
+    """
+
+    experiment: str
+    knobs: dict[str, Any]
+    changed: tuple[str, ...]
+    free: tuple[str, ...]
+
+    def folder(self) -> str:
+        """Returns a folder name that tells runs with different knobs apart."""
+        parts = (f'{k}={self.knobs[k]}' for k in self.changed)
+        name = re.sub(r'[^\w.=,+-]+', '_', '-'.join((self.experiment, *parts)))
+        if len(name) > 120:
+            # File systems end names at 255 bytes; the digest keeps long ones apart.
+            name = name[:100] + '-' + hashlib.sha256(name.encode()).hexdigest()[:12]
+        return name
+
+    def claim(self, workdir: Path) -> None:
+        """Writes `run.json` into a new workdir, or checks the one that is there.
+
+        Raises:
+          UsageError: the workdir cannot be written, or holds a run with another name or knobs.
+        """
+        file = workdir / 'run.json'
+        try:
+            workdir.mkdir(parents=True, exist_ok=True)
+            if not file.exists():
+                part = workdir / 'run.json.part'
+                part.write_text(json.dumps(dataclasses.asdict(self), indent=1) + '\n', 'utf-8')
+                part.rename(file)
+        except OSError as error:
+            raise UsageError(
+                f'--workdir={workdir}: cannot be written ({error.strerror}); '
+                f'try a folder of your own, such as --workdir=/tmp/{self.experiment}'
+            ) from error
+        held = json.loads(file.read_text('utf-8'))
+        if held['experiment'] != self.experiment:
+            raise UsageError(
+                f'--workdir={workdir}: holds a run of {held["experiment"]}, not of '
+                f'{self.experiment}; name another folder or leave --workdir out'
+            )
+        differ = [
+            f'--{k}={self.knobs.get(k)} (there: {held["knobs"].get(k)})'
+            for k in sorted(held['knobs'].keys() | self.knobs.keys())
+            if k not in self.free and held['knobs'].get(k) != self.knobs.get(k)
+        ]
+        if differ:
+            raise UsageError(
+                f'--workdir={workdir}: holds a run with other knobs: {", ".join(differ)}; name '
+                f'another folder, or change only {", ".join(self.free)}'
+            )
+
+
+def identity(name: str, function: Callable[..., Experiment], values: Mapping[str, Any]) -> Identity:
+    """Returns the identity of a run of experiment `name` with some knobs set."""
+    all_knobs = knobs(function)
+    changed = tuple(k for k, knob in all_knobs.items() if values.get(k, knob.default) != knob.default)
+    settled = {k: values.get(k, knob.default) for k, knob in all_knobs.items()}
+    return Identity(name, settled, changed, tuple(k for k, knob in all_knobs.items() if knob.free))

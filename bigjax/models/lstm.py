@@ -1,0 +1,108 @@
+"""LSTM classifier of token sequences.
+
+Shape legend: B batch, T time, E embedding, K outputs of one layer, V vocabulary.
+"""
+
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from bigjax.nn.recurrent import LSTM
+
+RULES = (
+    (r'embed/embedding$', ('vocab', 'embed')),
+    # A recurrent kernel is used at every step: gathering it there would cost more than holding it.
+    (r'recurrent_kernel$', (None, None)),
+    (r'lstm_\d+/\w+_kernel$', ('embed', None)),
+    (r'lstm_\d+/\w+_bias$', (None,)),
+    (r'head/kernel$', ('embed', 'vocab')),
+    (r'head/bias$', ('vocab',)),
+)
+
+
+class LSTMClassifier(nn.Module):
+    """Embedding, a stack of LSTM layers with dropout between them, pooling and a dense layer.
+
+    Attributes:
+        classes: number of classes.
+        vocab: number of token ids.
+        embed: width of the embedding.
+        features: state features of each layer and direction.
+        layers: number of LSTM layers.
+        direction: 'forward' or 'both'.
+        pool: 'last' (the state after each direction's last valid step), 'mean' or 'max' over the
+            valid steps.
+        dropout: rate on the embedding, between layers and before the dense layer.
+        dtype: compute type; parameters are float32.
+    """
+
+    classes: int
+    vocab: int = 256
+    embed: int = 128
+    features: int = 128
+    layers: int = 2
+    direction: Literal['forward', 'both'] = 'both'
+    pool: Literal['last', 'mean', 'max'] = 'last'
+    dropout: float = 0.0
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, tokens_BT: jax.Array, *, train: bool = False) -> jax.Array:
+        """Returns logits [B, classes] in float32; `tokens_BT` is int32, negative = padding.
+
+        A row without tokens gets the logits of the zero vector. Needs the 'dropout' generator
+        when `train` and `dropout` > 0. Raises ValueError on an unknown `pool`.
+        """
+        if self.pool not in ('last', 'mean', 'max'):
+            raise ValueError(f'--pool={self.pool}: must be last, mean or max; try --pool=last')
+        # Turning the small integer array over spares every layer two transposes.
+        tokens_TB = tokens_BT.T
+        mask_TB = tokens_TB >= 0
+        embed = nn.Embed(self.vocab, self.embed, dtype=self.dtype, name='embed')
+        drop = nn.Dropout(self.dropout, deterministic=not train)
+        y_TBK = drop(embed(jnp.maximum(tokens_TB, 0)))
+        for n in range(self.layers):
+            lstm = LSTM(
+                self.features,
+                direction=self.direction,
+                time_major=True,
+                dtype=self.dtype,
+                name=f'lstm_{n}',
+            )
+            y_TBK, state = lstm(y_TBK, mask_BT=mask_TB)
+            y_TBK = drop(y_TBK) if n + 1 < self.layers else y_TBK
+        pooled_BK = drop(_pool(self.pool, y_TBK, state.h, mask_TB))
+        head = nn.Dense(self.classes, dtype=self.dtype, name='head')
+        return head(pooled_BK).astype(jnp.float32)
+
+
+def _pool(kind: str, y_TBK: jax.Array, h_BK: jax.Array, mask_TB: jax.Array) -> jax.Array:
+    if kind == 'last':
+        return h_BK
+    mask_TBK = mask_TB[:, :, None]
+    count_B = mask_TB.sum(0)
+    if kind == 'mean':
+        return jnp.where(mask_TBK, y_TBK, 0).sum(0) / jnp.maximum(count_B, 1)[:, None]
+    most_BK = jnp.where(mask_TBK, y_TBK, -jnp.inf).max(0)
+    return jnp.where(count_B[:, None] > 0, most_BK, 0)
+
+
+def forward_flops(
+    *,
+    length: int,
+    classes: int,
+    embed: int = 128,
+    features: int = 128,
+    layers: int = 2,
+    direction: str = 'both',
+) -> int:
+    """Matrix-product FLOPs of one sequence of `length` tokens through `LSTMClassifier`.
+
+    The sum over layers of 2 · 4H (C + H) for each step and direction, plus the dense layer.
+    """
+    ways = 2 if direction == 'both' else 1
+    widths = [embed] + [ways * features] * (layers - 1)
+    steps = sum(2 * 4 * features * (width + features) for width in widths)
+    return length * ways * steps + 2 * ways * features * classes

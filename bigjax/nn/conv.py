@@ -1,0 +1,192 @@
+"""Convolution: the one place convolutions are called from.
+
+`conv` chooses between XLA's own convolution and a form that is faster on CPUs for small images. Off the CPU it is always
+XLA's (`lax.conv_general_dilated`).
+
+Legend: B batch, H W input rows and columns, P Q output rows and columns, I J kernel rows and columns, C input channels,
+O output channels, N = B·P·Q of one tap.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax import lax
+
+Padding = str | Sequence[tuple[int, int]]
+_IMPLS = (None, 'xla', 'taps')
+
+
+def conv(
+    x_BHWC: jax.Array,
+    w_IJCO: jax.Array,
+    *,
+    strides: tuple[int, int] = (1, 1),
+    padding: Padding = 'SAME',
+    impl: str | None = None,
+) -> jax.Array:
+    """Two-dimensional cross-correlation of images [B, H, W, C] with a kernel [I, J, C, O].
+
+    `padding` is 'SAME' (output size ⌈H / stride⌉), 'VALID', or ((top, bottom), (left, right)) in
+    pixels of zeros. `impl` None chooses by shape and backend; 'xla' is XLA's own convolution; 'taps'
+    sums one matrix product per kernel position. Returns [B, P, Q, O] in the dtype of the inputs,
+    which must agree. Raises ValueError for another `impl`, rank or channel count.
+    """
+    if impl not in _IMPLS:
+        raise ValueError(f'impl={impl!r} is not a convolution; use one of {_IMPLS}')
+    if x_BHWC.ndim != 4 or w_IJCO.ndim != 4 or x_BHWC.shape[3] != w_IJCO.shape[2]:
+        raise ValueError(
+            f'conv takes images [B, H, W, C] and a kernel [I, J, C, O] with the same C; '
+            f'got {x_BHWC.shape} and {w_IJCO.shape}'
+        )
+    size_HW, size_IJ = x_BHWC.shape[1:3], w_IJCO.shape[:2]
+    pads = (
+        lax.padtype_to_pads(size_HW, size_IJ, strides, padding)
+        if isinstance(padding, str)
+        else padding
+    )
+    pads = tuple((int(low), int(high)) for low, high in pads)
+    if impl is None:
+        impl = _choose(x_BHWC.shape, w_IJCO.shape)
+    if impl == 'taps':
+        return _conv_taps(x_BHWC, w_IJCO, tuple(strides), pads)
+    return lax.conv_general_dilated(
+        x_BHWC, w_IJCO, strides, pads, dimension_numbers=('NHWC', 'HWIO', 'NHWC')
+    )
+
+
+def _choose(x_shape: tuple[int, ...], w_shape: tuple[int, ...]) -> str:
+    # Measured: XLA's CPU convolution wastes its work on padding and packing once images are small.
+    _, h, w, c = x_shape
+    if jax.default_backend() == 'cpu' and h * w <= 64 and min(c, w_shape[3]) >= 64:
+        return 'taps'
+    return 'xla'
+
+
+def _span(size: int, taps: int, stride: int, pads: tuple[int, int]) -> list[tuple[int, int, int]]:
+    """Per tap along one axis: output range [start, stop) that reads real pixels, and the first pixel."""
+    low, high = pads
+    out = (size + low + high - taps) // stride + 1
+    spans = []
+    for tap in range(taps):
+        start = max(0, -((tap - low) // stride))
+        stop = min(out, (size - 1 + low - tap) // stride + 1)
+        spans.append((start, max(start, stop), start * stride + tap - low))
+    return spans
+
+
+def _taps(x_shape, w_shape, strides, pads):
+    """Yields (i, j, output slices, input slices) for every kernel position that meets a pixel."""
+    rows = _span(x_shape[1], w_shape[0], strides[0], pads[0])
+    cols = _span(x_shape[2], w_shape[1], strides[1], pads[1])
+
+    def read(start, stop, first, stride):
+        return slice(first, first + (stop - start - 1) * stride + 1, stride)
+
+    for i, row in enumerate(rows):
+        for j, col in enumerate(cols):
+            if row[0] < row[1] and col[0] < col[1]:
+                out = (slice(row[0], row[1]), slice(col[0], col[1]))
+                yield i, j, out, (read(*row, strides[0]), read(*col, strides[1]))
+
+
+def _out_size(size: int, taps: int, stride: int, pads: tuple[int, int]) -> int:
+    return (size + sum(pads) - taps) // stride + 1
+
+
+def _place(part_BPQO, slices, size_PQ):
+    """Puts a block at strided slices of zeros of size_PQ, as a pad (which XLA fuses into the sum)."""
+    config = [(0, 0, 0)]
+    for s, size in zip(slices, size_PQ, strict=True):
+        step = s.step or 1
+        config.append((s.start, size - s.stop, step - 1))
+    return lax.pad(part_BPQO, jnp.zeros((), part_BPQO.dtype), [*config, (0, 0, 0)])
+
+
+def _rows(x_BPQC):
+    return x_BPQC.reshape(-1, x_BPQC.shape[-1])
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _conv_taps(x_BHWC, w_IJCO, strides, pads):
+    """Sum over kernel positions of (the pixels it reads) @ w[i, j], leaving the zero padding out."""
+    size_PQ = [
+        _out_size(*a) for a in zip(x_BHWC.shape[1:3], w_IJCO.shape[:2], strides, pads, strict=True)
+    ]
+    y_BPQO = jnp.zeros((x_BHWC.shape[0], *size_PQ, w_IJCO.shape[3]), x_BHWC.dtype)
+    for i, j, out, read in _taps(x_BHWC.shape, w_IJCO.shape, strides, pads):
+        x_BPQC = x_BHWC[:, *read]
+        part = (_rows(x_BPQC) @ w_IJCO[i, j]).reshape(*x_BPQC.shape[:3], -1)
+        y_BPQO += _place(part, out, size_PQ)
+    return y_BPQO
+
+
+def _conv_taps_fwd(x_BHWC, w_IJCO, strides, pads):
+    return _conv_taps(x_BHWC, w_IJCO, strides, pads), (x_BHWC, w_IJCO)
+
+
+def _conv_taps_bwd(strides, pads, saved, g_BPQO):
+    x_BHWC, w_IJCO = saved
+    dx_BHWC = jnp.zeros_like(x_BHWC)
+    dw_IJCO = [[jnp.zeros_like(w_IJCO[0, 0])] * w_IJCO.shape[1] for _ in range(w_IJCO.shape[0])]
+    for i, j, out, read in _taps(x_BHWC.shape, w_IJCO.shape, strides, pads):
+        g_tap = g_BPQO[:, *out]
+        g_NO = _rows(g_tap)
+        dw_IJCO[i][j] = _rows(x_BHWC[:, *read]).T @ g_NO
+        part = (g_NO @ w_IJCO[i, j].T).reshape(*g_tap.shape[:3], -1)
+        dx_BHWC += _place(part, read, x_BHWC.shape[1:3])
+    return dx_BHWC, jnp.stack([jnp.stack(row) for row in dw_IJCO])
+
+
+_conv_taps.defvjp(_conv_taps_fwd, _conv_taps_bwd)
+
+
+class Conv(nn.Module):
+    """Two-dimensional convolution layer over images [B, H, W, C].
+
+    Parameters are float32 (`kernel` [I, J, C, features], `bias` [features]); the product is taken
+    in `dtype` (None: the input's). `padding`, `strides` and `impl` as in `conv`.
+    """
+
+    features: int
+    kernel_size: tuple[int, int] = (3, 3)
+    strides: tuple[int, int] = (1, 1)
+    padding: Padding = 'SAME'
+    use_bias: bool = True
+    dtype: jnp.dtype | None = None
+    kernel_init: nn.initializers.Initializer = nn.initializers.he_normal()
+    impl: str | None = None
+
+    @nn.compact
+    def __call__(self, x_BHWC: jax.Array) -> jax.Array:
+        """Returns [B, P, Q, features]."""
+        shape = (*self.kernel_size, x_BHWC.shape[-1], self.features)
+        dtype = self.dtype or x_BHWC.dtype
+        w_IJCO = self.param('kernel', self.kernel_init, shape, jnp.float32).astype(dtype)
+        y_BPQO = conv(
+            x_BHWC.astype(dtype),
+            w_IJCO,
+            strides=self.strides,
+            padding=self.padding,
+            impl=self.impl,
+        )
+        if self.use_bias:
+            bias_O = self.param('bias', nn.initializers.zeros_init(), (self.features,), jnp.float32)
+            y_BPQO += bias_O.astype(dtype)[None, None, None]
+        return y_BPQO
+
+
+def conv_flops(
+    size_HW: tuple[int, int],
+    channels: int,
+    features: int,
+    *,
+    kernel_size: tuple[int, int] = (3, 3),
+    strides: tuple[int, int] = (1, 1),
+) -> tuple[int, tuple[int, int]]:
+    """FLOPs (2 × multiply-adds, padding included) of one 'SAME' convolution of one image, and the output size."""
+    size_PQ = (-(-size_HW[0] // strides[0]), -(-size_HW[1] // strides[1]))
+    taps = kernel_size[0] * kernel_size[1]
+    return 2 * size_PQ[0] * size_PQ[1] * taps * channels * features, size_PQ

@@ -1,0 +1,63 @@
+"""Dense: a linear map over the trailing dimensions of its input.
+
+Legend: N rows (all leading dimensions flattened), I inputs, O outputs.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+
+class Dense(nn.Module):
+    """Linear map `x @ kernel + bias` over the last `in_dims` dimensions of `x`.
+
+    The kernel keeps one dimension per input and output dimension, `(*x.shape[-in_dims:],
+    *features)`, so that a sharding rule can name each of them (heads, say). The product itself is
+    taken on flattened matrices, because XLA's CPU backend has a slow gradient for dense layers on
+    three-dimensional input; accelerators compile both forms to the same matrix product.
+
+    Input [..., *inputs], float or int; output [..., *features] in `dtype`; parameters in
+    `param_dtype`.
+
+    Attributes:
+      features: output size, or several for an output with several dimensions, as (heads, 3, 64).
+      in_dims: how many trailing dimensions of the input are contracted.
+      use_bias: adds a bias of shape `features`.
+      dtype: type of the computation and the output; None takes the input's.
+      param_dtype: type of the parameters.
+      kernel_init: initializer, called with the flattened shape (inputs, outputs).
+      bias_init: initializer of the bias.
+    """
+
+    features: int | tuple[int, ...]
+    in_dims: int = 1
+    use_bias: bool = True
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+    kernel_init: Callable[..., jax.Array] = nn.initializers.lecun_normal()
+    bias_init: Callable[..., jax.Array] = nn.initializers.zeros_init()
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        features = (self.features,) if isinstance(self.features, int) else tuple(self.features)
+        if not 1 <= self.in_dims <= x.ndim:
+            raise ValueError(f'in_dims={self.in_dims}: the input has {x.ndim} dimensions')
+        lead, inputs = x.shape[: -self.in_dims], x.shape[-self.in_dims :]
+        flat = math.prod(inputs), math.prod(features)
+
+        def init_kernel(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+            return self.kernel_init(key, flat, dtype).reshape(shape)
+
+        kernel = self.param('kernel', init_kernel, (*inputs, *features), self.param_dtype)
+        bias = None
+        if self.use_bias:
+            bias = self.param('bias', self.bias_init, features, self.param_dtype)
+        x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
+        y_NO = x.reshape(-1, flat[0]) @ kernel.reshape(flat)
+        if bias is not None:
+            y_NO += bias.reshape(1, flat[1])
+        return y_NO.reshape(*lead, *features)

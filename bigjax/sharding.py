@@ -1,0 +1,179 @@
+"""Mesh and shardings: the one place where names of mesh axes are known.
+
+Models describe their parameters by logical axes (`'embed'`, `'heads'`, …) in ordered rules; this
+file maps those names to mesh axes and turns a whole train state into shardings.
+"""
+
+import math
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from bigjax.experiment import UsageError
+
+AXES = ('data', 'fsdp', 'tensor')
+# The batch is split over every axis that holds different examples.
+BATCH_AXES = ('data', 'fsdp')
+LOGICAL_TO_MESH = {
+    'embed': 'fsdp',
+    'heads': 'tensor',
+    'mlp': 'tensor',
+    'vocab': 'tensor',
+    'channels': 'tensor',
+}
+
+Rule = tuple[str, tuple[str | None, ...] | str]
+
+
+def parse_mesh(text: str, devices: int) -> dict[str, int]:
+    """Returns the size of every axis in `AXES` for `text` such as `'data=2,fsdp=-1'`.
+
+    Args:
+      text: comma-separated `axis=size`; one size may be -1 (what is left); absent axes are 1.
+      devices: number of devices the sizes must multiply to.
+
+    Raises:
+      UsageError: an unknown or repeated axis, or sizes that do not multiply to `devices`.
+    """
+    sizes: dict[str, int] = {}
+    for part in filter(None, text.split(',')):
+        axis, _, size = part.partition('=')
+        if axis not in AXES or not re.fullmatch(r'-1|[1-9]\d*', size):
+            raise UsageError(
+                f'--mesh={text}: {part!r} is not axis=size with an axis of {", ".join(AXES)} and a '
+                f'positive size or -1; try --mesh=data=-1'
+            )
+        if axis in sizes:
+            raise UsageError(f'--mesh={text}: axis {axis!r} is given twice; name each axis once')
+        sizes[axis] = int(size)
+    known = math.prod(size for size in sizes.values() if size != -1)
+    free = [axis for axis, size in sizes.items() if size == -1]
+    if len(free) > 1:
+        raise UsageError(f'--mesh={text}: only one axis may be -1; try --mesh=data=-1')
+    if free and devices % known == 0:
+        sizes[free[0]] = devices // known
+    elif known != devices or free:
+        raise UsageError(
+            f'--mesh={text}: the sizes multiply to {known}, but there are {devices} devices; '
+            f'try --mesh=data=-1'
+        )
+    return {axis: sizes.get(axis, 1) for axis in AXES}
+
+
+def make_mesh(text: str) -> Mesh:
+    """Returns a mesh over all devices of all processes, every axis of `AXES` in it.
+
+    Axis types are Auto: Linen layers take no output shardings, so the compiler propagates them.
+    """
+    sizes = parse_mesh(text, jax.device_count())
+    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def path_string(path: tuple[Any, ...]) -> str:
+    """Returns a pytree key path as `'a/b/0'`."""
+    return jax.tree_util.keystr(path, simple=True, separator='/')
+
+
+def _largest(shape: tuple[int, ...], size: int) -> tuple[str | None, ...]:
+    """The default FSDP rule: the largest dimension that divides, else nothing is split."""
+    divisible = [d for d, n in enumerate(shape) if n % size == 0]
+    best = max(divisible, key=lambda d: shape[d], default=None)
+    return tuple('embed' if d == best else None for d in range(len(shape)))
+
+
+def spec_for(path: str, shape: tuple[int, ...], rules: Sequence[Rule], mesh: Mesh) -> PartitionSpec:
+    """Returns the PartitionSpec of one parameter: the first rule whose regex is found in its path.
+
+    Args:
+      path: the parameter's path, `'block_0/attention/qkv/kernel'`.
+      shape: its shape.
+      rules: ordered (regex, logical axis per dimension or `'largest'`).
+      mesh: gives the sizes that dimensions must divide by.
+
+    Raises:
+      UsageError: no rule matches, a rule has the wrong rank, or a dimension does not divide.
+    """
+    for pattern, axes in rules:
+        if re.search(pattern, path):
+            break
+    else:
+        raise UsageError(
+            f'parameter {path!r} matches no sharding rule; add (r"{path}", …) to the RULES of its '
+            f"model, or end them with ('.*', 'largest')"
+        )
+    names = _largest(shape, mesh.shape['fsdp']) if isinstance(axes, str) else axes
+    if len(names) != len(shape):
+        raise UsageError(
+            f'sharding rule {pattern!r} names {len(names)} dimensions, but parameter {path!r} has '
+            f'{len(shape)}; give one logical axis or None per dimension'
+        )
+    spec = tuple(name and LOGICAL_TO_MESH[name] for name in names)
+    for size, name, axis in zip(shape, names, spec, strict=True):
+        if axis and size % mesh.shape[axis]:
+            fits = max(n for n in range(1, mesh.shape[axis]) if size % n == 0)
+            raise UsageError(
+                f'--mesh: {axis}={mesh.shape[axis]} does not divide the {size} {name} of parameter '
+                f'{path!r}; try {axis}={fits}'
+            )
+    return PartitionSpec(*spec)
+
+
+def state_shardings(state: Any, rules: Sequence[Rule], mesh: Mesh) -> Any:
+    """Returns a tree of NamedSharding for an abstract train state with a `params` field.
+
+    A leaf elsewhere in the state (a moment, an average) whose path ends in a parameter's path and
+    which has its shape is placed like that parameter; everything else is replicated.
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(state.params)
+    placed = {path_string(p): (x.shape, spec_for(path_string(p), x.shape, rules, mesh))
+              for p, x in leaves}  # fmt: skip
+
+    def sharding(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+        parts = path_string(path).split('/')
+        suffixes = ('/'.join(parts[i:]) for i in range(len(parts)))
+        spec = next((placed[s][1] for s in suffixes if placed.get(s, [None])[0] == leaf.shape),
+                    PartitionSpec())  # fmt: skip
+        return NamedSharding(mesh, spec)
+
+    return jax.tree_util.tree_map_with_path(sharding, state)
+
+
+def batch_sharding(mesh: Mesh, *, stacked: bool = False) -> NamedSharding:
+    """Returns the sharding of a batch, rows over `BATCH_AXES`; `stacked` adds a leading step axis."""
+    return NamedSharding(mesh, PartitionSpec(*(None,) * stacked, BATCH_AXES))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Returns the sharding of a value that every device holds whole."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def check_batch(batch: int, accumulate: int, mesh: Mesh) -> None:
+    """Raises UsageError unless every device gets the same number of rows in every microbatch."""
+    shards = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    if batch < 1 or batch % (shards * accumulate):
+        works = max(1, round(batch / (shards * accumulate))) * shards * accumulate
+        raise UsageError(
+            f'--batch={batch}: must be a positive multiple of {shards * accumulate}, the '
+            f'{shards} batch shards of the mesh times --accumulate={accumulate}; '
+            f'try --batch={works}'
+        )
+
+
+def shard_batch(batch: dict[str, np.ndarray], sharding: NamedSharding) -> dict[str, jax.Array]:
+    """Returns this host's rows of a batch as arrays that all hosts own together."""
+    return {
+        name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()
+    }
+
+
+def bytes_per_device(state: Any, shardings: Any) -> int:
+    """Returns the bytes one device holds of an abstract tree under `shardings`."""
+    sizes = jax.tree.map(
+        lambda x, s: math.prod(s.shard_shape(x.shape)) * x.dtype.itemsize, state, shardings
+    )
+    return sum(jax.tree.leaves(sizes))

@@ -1,0 +1,93 @@
+"""Starts bigjax: `python launch.py --experiment=NAME`. Alone, it lists the experiments."""
+
+import sys
+
+if sys.version_info < (3, 12):  # noqa: UP036  (an older Python must reach this line to be told)
+    sys.exit(
+        'launch.py: needs Python 3.12 or newer, this is %d.%d; make an environment with one, '
+        'such as: python3.12 -m venv .venv && .venv/bin/pip install -r requirements.txt'
+        % sys.version_info[:2]
+    )
+
+import argparse
+import ctypes
+import os
+from importlib import metadata
+from pathlib import Path
+
+from absl import app, flags
+
+from bigjax import experiment as experiments
+
+FLAGS = flags.FLAGS
+ROOT = Path(__file__).resolve().parent
+ACTIONS = ('train', 'evaluate', 'generate', 'describe')
+flags.DEFINE_string('experiment', None, 'name of a file in experiments/; without it, they are listed')
+flags.DEFINE_enum('action', 'train', ACTIONS, 'what to do with the experiment')
+flags.DEFINE_string('workdir', None, 'where the run is kept; default: runs/NAME-AND-KNOBS')
+flags.DEFINE_string('checkpoint', 'latest', 'for evaluate and generate: latest, best or a step')
+flags.DEFINE_string('coordinator', None, 'HOST:PORT of process 0, where nothing announces it')
+flags.DEFINE_integer('processes', None, 'number of processes, with --coordinator')
+flags.DEFINE_integer('process_id', None, 'number of this process, with --coordinator')
+DEFINE = {int: flags.DEFINE_integer, float: flags.DEFINE_float, bool: flags.DEFINE_boolean}
+
+
+def parse(argv):
+    """Returns the arguments left over once every knob of --experiment has become a flag."""
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    finder.add_argument('--experiment', '-experiment')
+    try:
+        if name := finder.parse_known_args(argv[1:])[0].experiment:
+            for knob_name, knob in experiments.knobs(experiments.find(name)).items():
+                if isinstance(knob.type, tuple):
+                    flags.DEFINE_enum(knob_name, knob.default, knob.type, knob.help, argv[0])
+                else:
+                    define = DEFINE.get(knob.type, flags.DEFINE_string)
+                    define(knob_name, knob.default, knob.help, module_name=argv[0])
+        rest = FLAGS(argv)
+    except (flags.Error, experiments.UsageError) as error:
+        sys.exit(f'launch.py: {error}\nsee python launch.py --experiment={name or "NAME"} --help')
+    if FLAGS['verbosity'].using_default_value:
+        FLAGS.verbosity = -1  # absl would make it 0: every library's notes between our lines.
+    return rest
+
+
+def prepare_process():
+    """Settings that must come before the first array; all others live in knobs."""
+    # XLA takes scratch memory from malloc at every step. Kept mapped, it is not faulted in anew.
+    if sys.platform == 'linux':
+        libc, (arena_max, mmap_max, trim, top_pad) = ctypes.CDLL(None), (-8, -4, -1, -2)
+        for option, value in {arena_max: 1, mmap_max: 0, trim: 2**31 - 1, top_pad: 2**26}.items():
+            getattr(libc, 'mallopt', lambda *_: 0)(option, value)
+    import jax
+
+    cache = Path(os.environ.get('XDG_CACHE_HOME', '~/.cache')).expanduser() / 'bigjax'
+    jax.config.update('jax_compilation_cache_dir', str(cache / metadata.version('jaxlib')))
+    jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.1)
+
+
+def main(argv):
+    """Builds the experiment and does what --action says."""
+    if len(argv) > 1:
+        sys.exit(f'launch.py: {argv[1]!r} is not a flag; flags look like --steps=100')
+    if not FLAGS.experiment:
+        for name, line in experiments.names().items():
+            print(f'{name:18} {line}')
+        return print('\nstart one with --experiment=NAME; --experiment=NAME --help tells its knobs')
+    prepare_process()
+    from bigjax import actions, distributed
+
+    function = experiments.find(FLAGS.experiment)
+    values = {name: FLAGS[name].value for name in experiments.knobs(function)}
+    identity = experiments.identity(FLAGS.experiment, function, values)
+    workdir = Path(FLAGS.workdir).expanduser() if FLAGS.workdir else ROOT / 'runs' / identity.folder()
+    try:
+        distributed.join(FLAGS.coordinator, FLAGS.processes, FLAGS.process_id, os.environ)
+        experiment = experiments.build(function, values)
+        return actions.run(FLAGS.action, experiment, identity, workdir.absolute(), FLAGS.checkpoint)
+    except experiments.UsageError as error:
+        sys.exit(f'launch.py: {error}')
+
+
+if __name__ == '__main__':
+    app.run(main, flags_parser=parse)

@@ -1,0 +1,97 @@
+"""Attention: every implementation against the specification, causality, the cached form."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from bigjax.nn.attention import attention, cached_attention
+
+
+def inputs(T, S=None, *, H=2, K=None, D=4, dtype=jnp.float32):
+    keys = jax.random.split(jax.random.key(0), 4)
+    S, K = S or T, K or H
+    shapes = (2, T, H, D), (2, S, K, D), (2, S, K, D), (2, T, H, D)
+    *qkv, g = (
+        jax.random.normal(key, shape, dtype) for key, shape in zip(keys, shapes, strict=True)
+    )
+    return qkv, g
+
+
+@pytest.mark.parametrize(
+    ('impl', 'T', 'S', 'K', 'causal'),
+    [
+        ('xla', 5, 5, 2, True),
+        ('xla', 3, 5, 1, True),
+        ('xla', 5, 3, 2, False),
+        ('blocked', 128, 128, 2, True),
+        ('blocked', 192, 192, 1, True),
+    ],
+)
+def test_value_and_gradient_equal_the_reference_in_float64(impl, T, S, K, causal):
+    with jax.enable_x64(True):
+        qkv, g = inputs(T, S, K=K, dtype=jnp.float64)
+
+        def run(impl):
+            y, vjp = jax.vjp(lambda *qkv: attention(*qkv, causal=causal, impl=impl), *qkv)
+            return y, *vjp(g)
+
+        for got, want in zip(jax.jit(run, static_argnums=0)(impl), run('reference'), strict=True):
+            assert got.dtype == jnp.float64
+            np.testing.assert_allclose(got, want, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize(('impl', 'T'), [('reference', 6), ('xla', 6), ('blocked', 128)])
+def test_an_output_has_no_gradient_to_later_positions(impl, T):
+    qkv, _ = inputs(T, H=1)
+    t = T // 2 - 3
+    grads = jax.grad(lambda qkv: attention(*qkv, causal=True, impl=impl)[:, t].sum())(qkv)
+    for grad in grads[1:]:
+        assert np.all(grad[:, t + 1 :] == 0)
+        assert np.all(np.any(grad[:, : t + 1] != 0, axis=(2, 3)))
+    assert np.all(np.delete(grads[0], t, axis=1) == 0)
+
+
+@pytest.mark.parametrize(('impl', 'T'), [('xla', 8), ('blocked', 128)])
+def test_bfloat16_stays_near_the_reference(impl, T):
+    qkv, g = inputs(T, dtype=jnp.bfloat16)
+    y, vjp = jax.vjp(lambda *qkv: attention(*qkv, causal=True, impl=impl), *qkv)
+    exact = attention(*(x.astype(jnp.float32) for x in qkv), causal=True, impl='reference')
+    assert {x.dtype for x in (y, *vjp(g))} == {jnp.dtype('bfloat16')}
+    np.testing.assert_allclose(y.astype(jnp.float32), exact, atol=0.03)
+
+
+def test_a_choice_is_made_for_every_shape():
+    for T in (5, 256):
+        qkv, _ = inputs(T)
+        np.testing.assert_allclose(
+            attention(*qkv, causal=True),
+            attention(*qkv, causal=True, impl='reference'),
+            atol=1e-5,
+        )
+
+
+def test_cached_attention_equals_causal_attention_and_ignores_what_lies_behind():
+    (q_BTHD, k_BSHD, v_BSHD), _ = inputs(7)
+    full = attention(q_BTHD, k_BSHD, v_BSHD, causal=True, impl='reference')
+    start_B = jnp.array([2, 4])
+    queries = jnp.stack([q_BTHD[0, 2:5], q_BTHD[1, 4:7]])
+    # The largest number rather than NaN: zero weight times NaN would not be zero.
+    k_BSHD, v_BSHD = (x.at[0, 5:].set(1e30) for x in (k_BSHD, v_BSHD))
+    got = cached_attention(queries, k_BSHD, v_BSHD, start_B=start_B)
+    np.testing.assert_allclose(got, jnp.stack([full[0, 2:5], full[1, 4:7]]), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ('shapes', 'options', 'message'),
+    [
+        (((1, 96, 2, 4),) * 3, {'impl': 'blocked'}, 'T=96 must be a multiple of 64'),
+        (((1, 64, 2, 4),) * 3, {'impl': 'blocked', 'causal': False}, 'needs causal=True'),
+        (((1, 4, 2, 4),) * 3, {'impl': 'flash'}, "impl='flash': must be 'reference'"),
+        (((1, 4, 3, 4), (1, 4, 2, 4), (1, 4, 2, 4)), {}, 'K dividing H'),
+        (((4, 2, 4),) * 3, {}, r'takes \[B, T, H, D\]'),
+    ],
+)
+def test_what_cannot_run_is_refused(shapes, options, message):
+    with pytest.raises(ValueError, match=message):
+        attention(*map(jnp.zeros, shapes), **({'causal': True} | options))

@@ -1,0 +1,98 @@
+"""Convolution: every form against XLA's, and each written-out gradient in float64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bigjax.nn.conv import Conv, conv, conv_flops
+
+
+def _images(shape, seed=0, dtype=np.float64):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
+
+
+def _value_and_gradients(impl, x, w, g, strides, padding):
+    def f(x, w):
+        return conv(x, w, strides=strides, padding=padding, impl=impl)
+
+    y, vjp = jax.vjp(f, x, w)
+    return y, *vjp(g)
+
+
+def _agree(x_shape, w_shape, strides, padding, impl='taps'):
+    with jax.enable_x64(True):
+        x, w = _images(x_shape), _images(w_shape, 1)
+        y = conv(x, w, strides=strides, padding=padding, impl='xla')
+        g = _images(y.shape, 2)
+        expected = _value_and_gradients('xla', x, w, g, strides, padding)
+        got = _value_and_gradients(impl, x, w, g, strides, padding)
+        for a, b in zip(got, expected, strict=True):
+            assert a.dtype == jnp.float64
+            np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize(
+    ('size', 'kernel', 'stride', 'padding'),
+    [
+        ((4, 4), (3, 3), 1, 'SAME'),
+        ((8, 6), (3, 3), 2, ((1, 1), (1, 1))),
+        ((5, 4), (3, 3), 2, 'SAME'),
+        ((6, 6), (1, 1), 2, 'VALID'),
+        ((7, 5), (3, 2), 1, 'VALID'),
+        ((1, 1), (3, 3), 1, 'SAME'),
+        ((2, 9), (7, 7), 2, ((3, 3), (3, 3))),
+    ],
+)
+def test_taps_equal_xla_with_gradients(size, kernel, stride, padding):
+    _agree((2, *size, 3), (*kernel, 3, 4), (stride, stride), padding)
+
+
+@pytest.mark.slow
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(st.data())
+def test_taps_equal_xla_for_any_shape(data):
+    draw = data.draw
+    kernel = draw(st.tuples(st.integers(1, 4), st.integers(1, 4)))
+    strides = draw(st.tuples(st.integers(1, 3), st.integers(1, 3)))
+    pads = draw(st.tuples(*[st.tuples(st.integers(0, 3), st.integers(0, 3))] * 2))
+    low = [max(1, k - sum(p)) for k, p in zip(kernel, pads, strict=True)]
+    size = draw(st.tuples(st.integers(low[0], 7), st.integers(low[1], 7)))
+    _agree((2, *size, 2), (*kernel, 2, 3), strides, pads)
+
+
+def test_unknown_impl_is_refused():
+    x, w = jnp.zeros((1, 4, 4, 2)), jnp.zeros((3, 3, 2, 2))
+    with pytest.raises(ValueError, match="impl='fft' is not a convolution"):
+        conv(x, w, impl='fft')
+
+
+def test_channel_mismatch_is_refused():
+    with pytest.raises(ValueError, match='the same C'):
+        conv(jnp.zeros((1, 4, 4, 2)), jnp.zeros((3, 3, 3, 2)))
+
+
+def test_layer_computes_in_dtype_and_keeps_float32_parameters():
+    layer = Conv(5, dtype=jnp.bfloat16)
+    x = jnp.ones((2, 4, 4, 3))
+    variables = layer.init(jax.random.key(0), x)
+    assert layer.apply(variables, x).dtype == jnp.bfloat16
+    assert {v.dtype for v in jax.tree.leaves(variables)} == {jnp.dtype('float32')}
+    assert variables['params']['kernel'].shape == (3, 3, 3, 5)
+
+
+def test_bias_is_added_to_every_pixel():
+    layer = Conv(2, kernel_size=(1, 1))
+    x = _images((1, 2, 2, 3), dtype=np.float32)
+    params = layer.init(jax.random.key(0), x)['params']
+    shifted = {**params, 'bias': params['bias'] + jnp.asarray([1.0, -2.0])}
+    moved = layer.apply({'params': shifted}, x) - layer.apply({'params': params}, x)
+    np.testing.assert_allclose(moved, jnp.broadcast_to(jnp.array([1.0, -2.0]), moved.shape), 1e-6)
+
+
+def test_flops_count_two_per_multiply_add():
+    # 5×5 image, stride 2: 3×3 outputs of 3·3·2 multiply-adds for each of 4 features.
+    flops, size = conv_flops((5, 5), 2, 4, strides=(2, 2))
+    assert (flops, size) == (2 * 9 * 18 * 4, (3, 3))

@@ -1,0 +1,54 @@
+"""Dense: value against einsum, shapes, and what it refuses."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from bigjax.nn.linear import Dense
+
+
+@pytest.mark.parametrize(
+    ('shape', 'features', 'in_dims', 'spec'),
+    [
+        ((6,), 5, 1, 'i,io->o'),
+        ((2, 3, 6), 5, 1, 'bti,io->bto'),
+        ((2, 3, 8), (2, 3, 4), 1, 'btc,chkd->bthkd'),
+        ((2, 3, 2, 4), 8, 2, 'bthd,hdc->btc'),
+    ],
+)
+def test_dense_equals_einsum_plus_bias(shape, features, in_dims, spec):
+    x = jax.random.normal(jax.random.key(0), shape)
+    layer = Dense(features, in_dims=in_dims, bias_init=jax.nn.initializers.normal(1.0))
+    params = layer.init(jax.random.key(1), x)['params']
+    out_shape = (features,) if isinstance(features, int) else features
+    assert params['kernel'].shape == (*shape[-in_dims:], *out_shape)
+    assert params['bias'].shape == out_shape
+    want = jnp.einsum(spec, x, params['kernel'])
+    want += jnp.broadcast_to(params['bias'], want.shape)
+    np.testing.assert_allclose(layer.apply({'params': params}, x), want, rtol=1e-5, atol=1e-5)
+
+
+def test_fan_in_of_the_initializer_counts_all_contracted_dimensions():
+    kernel = Dense(400, in_dims=2).init(jax.random.key(0), jnp.zeros((1, 10, 40)))['params'][
+        'kernel'
+    ]
+    assert kernel.std() == pytest.approx(1 / 20, rel=0.02)
+
+
+def test_bfloat16_computes_in_bfloat16_with_float32_parameters():
+    layer = Dense(4, dtype=jnp.bfloat16)
+    params = layer.init(jax.random.key(0), jnp.ones((2, 3)))['params']
+    assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype('float32')}
+    assert layer.apply({'params': params}, jnp.ones((2, 3))).dtype == jnp.bfloat16
+
+
+def test_no_bias_means_no_bias_parameter():
+    assert set(Dense(4, use_bias=False).init(jax.random.key(0), jnp.ones((1, 3)))['params']) == {
+        'kernel'
+    }
+
+
+def test_more_input_dimensions_than_the_input_has_is_refused():
+    with pytest.raises(ValueError, match='in_dims=3: the input has 2 dimensions'):
+        Dense(4, in_dims=3).init(jax.random.key(0), jnp.ones((2, 3)))

@@ -4,9 +4,10 @@ import sys
 
 if sys.version_info < (3, 12):  # noqa: UP036  (an older Python must reach this line to be told)
     sys.exit(
-        'launch.py: needs Python 3.12 or newer, this is %d.%d; make an environment with one, '
-        'such as: python3.12 -m venv .venv && .venv/bin/pip install -r requirements.txt'
-        % sys.version_info[:2]
+        'launch.py: needs Python 3.12 or newer, this is {}.{}; make an environment with one, such '
+        'as: python3.12 -m venv .venv && .venv/bin/pip install -r requirements.txt'.format(
+            *sys.version_info[:2]
+        )
     )
 
 import argparse
@@ -15,14 +16,19 @@ import os
 from importlib import metadata
 from pathlib import Path
 
-from absl import app, flags
+try:
+    from absl import app, flags
+except ImportError:
+    sys.exit(f'launch.py: its packages are missing; try: {sys.executable} -m pip install -r requirements.txt')
 
 from bigjax import experiment as experiments
 
 FLAGS = flags.FLAGS
 ROOT = Path(__file__).resolve().parent
 ACTIONS = ('train', 'evaluate', 'generate', 'describe')
-flags.DEFINE_string('experiment', None, 'name of a file in experiments/; without it, they are listed')
+flags.DEFINE_string(
+    'experiment', None, 'name of a file in experiments/; without it, they are listed'
+)
 flags.DEFINE_enum('action', 'train', ACTIONS, 'what to do with the experiment')
 flags.DEFINE_string('workdir', None, 'where the run is kept; default: runs/NAME-AND-KNOBS')
 flags.DEFINE_string('checkpoint', 'latest', 'for evaluate and generate: latest, best or a step')
@@ -39,11 +45,10 @@ def parse(argv):
     try:
         if name := finder.parse_known_args(argv[1:])[0].experiment:
             for knob_name, knob in experiments.knobs(experiments.find(name)).items():
-                if isinstance(knob.type, tuple):
-                    flags.DEFINE_enum(knob_name, knob.default, knob.type, knob.help, argv[0])
-                else:
-                    define = DEFINE.get(knob.type, flags.DEFINE_string)
-                    define(knob_name, knob.default, knob.help, module_name=argv[0])
+                choices = [knob.type] if isinstance(knob.type, tuple) else []
+                define = DEFINE.get(knob.type, flags.DEFINE_string)
+                define = flags.DEFINE_enum if choices else define
+                define(knob_name, knob.default, *choices, help=knob.help, module_name=argv[0])
         rest = FLAGS(argv)
     except (flags.Error, experiments.UsageError) as error:
         sys.exit(f'launch.py: {error}\nsee python launch.py --experiment={name or "NAME"} --help')
@@ -80,7 +85,9 @@ def main(argv):
     function = experiments.find(FLAGS.experiment)
     values = {name: FLAGS[name].value for name in experiments.knobs(function)}
     identity = experiments.identity(FLAGS.experiment, function, values)
-    workdir = Path(FLAGS.workdir).expanduser() if FLAGS.workdir else ROOT / 'runs' / identity.folder()
+    workdir = (
+        Path(FLAGS.workdir).expanduser() if FLAGS.workdir else ROOT / 'runs' / identity.folder()
+    )
     try:
         distributed.join(FLAGS.coordinator, FLAGS.processes, FLAGS.process_id, os.environ)
         experiment = experiments.build(function, values)

@@ -13,6 +13,7 @@ from bigjax import describe, generate, optimizers, report, train
 from bigjax.checkpoint import Checkpoints
 from bigjax.evaluate import Evaluator
 from bigjax.experiment import Experiment, Identity, UsageError
+from bigjax.state import TrainState, setup
 
 
 def run(
@@ -31,16 +32,15 @@ def run(
       UsageError: something the user asked for does not fit.
     """
     if action == 'describe':
-        plan = train.setup(experiment)
+        plan = setup(experiment)
         print(json.dumps(describe.describe(experiment, identity, plan, workdir), indent=1))
         return 0
     if action == 'train':
         return _train(experiment, identity, workdir)
-    plan = train.setup(experiment)
+    plan = setup(experiment)
     if action == 'generate' and not experiment.task.decoder:
         raise UsageError(
-            f'--action=generate: {identity.experiment} is no language model; '
-            f'try --action=evaluate'
+            f'--action=generate: {identity.experiment} is no language model; try --action=evaluate'
         )
     if not (workdir / 'run.json').exists():
         raise UsageError(
@@ -99,7 +99,7 @@ def _print_scores(experiment: Experiment, step: int, scores: dict[str, dict[str,
             _tell(text)
 
 
-def _print_samples(experiment: Experiment, state: train.TrainState, file: Any) -> None:
+def _print_samples(experiment: Experiment, state: TrainState, file: Any) -> None:
     params = optimizers.evaluation_params(state.params, state.opt_state)
     texts = generate.generate_text(
         experiment.task.decoder, experiment.tokenizer, params, experiment.sample

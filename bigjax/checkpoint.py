@@ -88,7 +88,9 @@ class Checkpoints:
             )
         return named[which]
 
-    def save(self, step: int, state: Any, *, progress: dict[str, Any], badness: float | None) -> None:
+    def save(
+        self, step: int, state: Any, *, progress: dict[str, Any], badness: float | None
+    ) -> None:
         """Starts writing `state`.
 
         Args:

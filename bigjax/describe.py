@@ -2,15 +2,13 @@
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 
 from bigjax import metrics, sharding
 from bigjax.experiment import Experiment, Identity
-
-if TYPE_CHECKING:
-    from bigjax.train import Setup
+from bigjax.state import Setup
 
 
 def parameters_by_module(params: Any) -> dict[str, int]:
@@ -23,7 +21,7 @@ def parameters_by_module(params: Any) -> dict[str, int]:
 
 
 def describe(
-    experiment: Experiment, identity: Identity, plan: 'Setup', workdir: Path
+    experiment: Experiment, identity: Identity, plan: Setup, workdir: Path
 ) -> dict[str, Any]:
     """Returns the start-up summary as one JSON-able object; `--action=describe` prints it."""
     task, run = experiment.task, experiment.run
@@ -36,8 +34,8 @@ def describe(
         'parameters_by_module': modules,
         'flops_per_step': task.flops_per_example * run.batch,
         'batch': run.batch,
-        'unit': task.unit,
-        'units_per_step': task.units_per_example * run.batch,
+        'examples_per_step': run.batch,
+        f'{task.unit}_per_step': task.units_per_example * run.batch,
         'steps': run.steps,
         'mesh': dict(plan.mesh.shape),
         'devices': f'{jax.device_count()} x {jax.devices()[0].device_kind}',

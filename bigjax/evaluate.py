@@ -1,7 +1,7 @@
 """Exact evaluation: sums and weights over whole data sets, ragged ends included."""
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import numpy as np
@@ -9,10 +9,8 @@ import numpy as np
 from bigjax import optimizers, sharding
 from bigjax.data import pipeline
 from bigjax.experiment import Experiment, UsageError
+from bigjax.state import Setup, TrainState
 from bigjax.task import Batch, Metrics
-
-if TYPE_CHECKING:
-    from bigjax.train import Setup, TrainState
 
 # Metrics that are better high; all others are better low.
 HIGHER_IS_BETTER = ('accuracy',)
@@ -55,7 +53,7 @@ class Evaluator:
     With a weight average in the optimizer state, the average is evaluated.
     """
 
-    def __init__(self, experiment: Experiment, plan: 'Setup') -> None:
+    def __init__(self, experiment: Experiment, plan: Setup) -> None:
         """Prepares; nothing is compiled before the first call.
 
         Raises:
@@ -76,7 +74,7 @@ class Evaluator:
                 f'try --monitor={known[0]}'
             )
 
-    def _metrics(self, eval_step: Callable[..., Metrics], plan: 'Setup') -> list[str]:
+    def _metrics(self, eval_step: Callable[..., Metrics], plan: Setup) -> list[str]:
         """Returns every SET/METRIC, from shapes alone."""
         found = []
         for name, records in self._experiment.data.evals.items():
@@ -85,7 +83,7 @@ class Evaluator:
             found += [f'{name}/{metric}' for metric in metrics if metric not in COUNTS]
         return found
 
-    def __call__(self, state: 'TrainState') -> dict[str, dict[str, np.ndarray]]:
+    def __call__(self, state: TrainState) -> dict[str, dict[str, np.ndarray]]:
         """Returns `{set: {metric: value}}`; a confusion matrix is an array [C, C] of counts."""
         params = optimizers.evaluation_params(state.params, state.opt_state)
         placed = sharding.batch_sharding(self._mesh)

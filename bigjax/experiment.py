@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 if TYPE_CHECKING:  # Listing experiments and reading flags must not wait for JAX to load.
     import optax
 
-    from bigjax.data.pipeline import Augment, Data
+    from bigjax.data.card import Card
+    from bigjax.data.pipeline import Augment, Records
     from bigjax.sharding import Rule
     from bigjax.task import Task
 
@@ -137,9 +138,26 @@ class Sample:
         ):
             if not ok:
                 default = type(self).__dataclass_fields__[name].default
-                raise UsageError(
-                    f'--{name}={getattr(self, name)}: {rule}; try --{name}={default}'
-                )
+                raise UsageError(f'--{name}={getattr(self, name)}: {rule}; try --{name}={default}')
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Data:
+    """What a run trains and is evaluated on.
+
+    Attributes:
+      train: training records.
+      evals: evaluation records by the name of their set.
+      card: what the data set says of itself.
+    """
+
+    train: 'Records'
+    evals: 'Mapping[str, Records]'
+    card: 'Card'
+
+    def describe(self) -> dict[str, Any]:
+        """Returns the card as a JSON-able object."""
+        return dataclasses.asdict(self.card)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -162,7 +180,7 @@ class Experiment:
     task: 'Task'
     optimizer: 'optax.GradientTransformation'
     schedule: Callable[[Any], Any]
-    data: 'Data'
+    data: Data
     rules: 'Sequence[Rule]'
     run: Run
     augment: 'Augment | None' = None
@@ -330,6 +348,8 @@ class Identity:
 def identity(name: str, function: Callable[..., Experiment], values: Mapping[str, Any]) -> Identity:
     """Returns the identity of a run of experiment `name` with some knobs set."""
     all_knobs = knobs(function)
-    changed = tuple(k for k, knob in all_knobs.items() if values.get(k, knob.default) != knob.default)
+    changed = tuple(
+        k for k, knob in all_knobs.items() if values.get(k, knob.default) != knob.default
+    )
     settled = {k: values.get(k, knob.default) for k, knob in all_knobs.items()}
     return Identity(name, settled, changed, tuple(k for k, knob in all_knobs.items() if knob.free))

@@ -101,9 +101,7 @@ def _stretch(
         return (logits_B1V[:, 0], cache), token_B
 
     # The last token needs no step of the model after it.
-    (logits_BV, _), tokens_NB = jax.lax.scan(
-        step, (logits_BTV[:, -1], cache), jnp.arange(new - 1)
-    )
+    (logits_BV, _), tokens_NB = jax.lax.scan(step, (logits_BTV[:, -1], cache), jnp.arange(new - 1))
     last_B = draw(jax.random.fold_in(key, offset + new - 1), logits_BV, sample)
     return jnp.concatenate([tokens_NB, last_B[None]]).T
 

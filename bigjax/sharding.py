@@ -143,7 +143,7 @@ def state_shardings(state: Any, rules: Sequence[Rule], mesh: Mesh) -> Any:
 
 
 def batch_sharding(mesh: Mesh, *, stacked: bool = False) -> NamedSharding:
-    """Returns the sharding of a batch, rows over `BATCH_AXES`; `stacked` adds a leading step axis."""
+    """Returns the sharding of a batch, rows over `BATCH_AXES`; `stacked` adds a step axis."""
     return NamedSharding(mesh, PartitionSpec(*(None,) * stacked, BATCH_AXES))
 
 

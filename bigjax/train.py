@@ -1,5 +1,7 @@
 """The train step and the loop around it, top to bottom."""
 
+import contextlib
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,43 +13,17 @@ import numpy as np
 import optax
 
 from bigjax import describe, report, sharding
+from bigjax.accumulate import make_gradient
 from bigjax.checkpoint import Checkpoints
 from bigjax.data import pipeline
 from bigjax.evaluate import Evaluator
-from bigjax.experiment import Experiment, Identity
+from bigjax.experiment import Experiment, Identity, Run, UsageError
+from bigjax.finite import stop_if_not_finite
 from bigjax.interrupt import catch_interrupts
 from bigjax.metrics import TimeSplit, Writer
-from bigjax.task import Batch, Task
-
-
-class TrainState(NamedTuple):
-    """What a step reads and writes, and a checkpoint holds.
-
-    Attributes:
-      step: int32 scalar, steps done.
-      params: float32 parameters.
-      opt_state: state of the optax chain.
-      extra: what the model keeps beside its parameters, such as BatchNorm statistics.
-    """
-
-    step: jax.Array
-    params: Any
-    opt_state: Any
-    extra: Any
-
-
-class Setup(NamedTuple):
-    """Where everything will live, known before anything is allocated or compiled.
-
-    Attributes:
-      mesh: devices of all processes.
-      abstract: train state of shapes and dtypes.
-      shardings: train state of shardings.
-    """
-
-    mesh: jax.sharding.Mesh
-    abstract: TrainState
-    shardings: TrainState
+from bigjax.profile import Profile
+from bigjax.state import TrainState, make_init, setup
+from bigjax.task import Batch
 
 
 class Outcome(NamedTuple):
@@ -68,54 +44,6 @@ class Outcome(NamedTuple):
     times: TimeSplit
 
 
-def make_init(task: Task, optimizer: optax.GradientTransformation, seed: int) -> Callable:
-    """Returns the pure `() -> TrainState` of step 0."""
-
-    def init() -> TrainState:
-        variables = dict(task.init(jax.random.key(seed)))
-        params = variables.pop('params')
-        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), variables)
-
-    return init
-
-
-def make_gradient(task: Task, accumulate: int) -> Callable:
-    """Returns `(params, extra, batch, key) -> (gradients, extra, {name: (sum, weight)})`.
-
-    The batch is computed in `accumulate` microbatches. Each one's gradient is weighted by the
-    weight of its loss, so the result is that of the whole batch also where rows weigh differently.
-    Microbatch a takes rows a, a + accumulate, …: every device then uses rows it holds already.
-    """
-    gradient = jax.value_and_grad(task.loss, has_aux=True)
-
-    def whole(params: Any, extra: Any, batch: Batch, key: jax.Array):
-        (_, (extra, metrics)), grads = gradient(params, extra, batch, key, True)
-        return grads, extra, metrics
-
-    def accumulated(params: Any, extra: Any, batch: Batch, key: jax.Array):
-        batches = jax.tree.map(
-            lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), batch
-        )
-
-        def add(carry, inputs):
-            extra, total = carry
-            microbatch, i = inputs
-            grads, extra, metrics = whole(params, extra, microbatch, jax.random.fold_in(key, i))
-            weighted = jax.tree.map(lambda g: g * metrics['loss'][1], grads)
-            return (extra, jax.tree.map(jnp.add, total, (weighted, metrics))), None
-
-        first = jax.tree.map(lambda x: x[0], batches)
-        grads, _, metrics = jax.eval_shape(whole, params, extra, first, key)
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (grads, metrics))
-        (extra, (grads, metrics)), _ = jax.lax.scan(
-            add, (extra, zeros), (batches, jnp.arange(accumulate))
-        )
-        weight = jnp.maximum(metrics['loss'][1], 1.0)
-        return jax.tree.map(lambda g: g / weight, grads), extra, metrics
-
-    return whole if accumulate == 1 else accumulated
-
-
 def make_train_step(experiment: Experiment) -> Callable:
     """Returns the pure `(state, batches) -> (state, metrics)`, not yet jitted.
 
@@ -131,43 +59,15 @@ def make_train_step(experiment: Experiment) -> Callable:
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         squares_L = jnp.stack([jnp.sum(jnp.square(g)) for g in jax.tree.leaves(grads)])
-        means = {name: value / jnp.maximum(weight, 1.0) for name, (value, weight) in metrics.items()}
+        means = {
+            name: value / jnp.maximum(weight, 1.0) for name, (value, weight) in metrics.items()
+        }
         means['learning_rate'] = jnp.asarray(experiment.schedule(state.step), jnp.float32)
         means['grad_norm'] = jnp.sqrt(jnp.sum(squares_L))
         means['finite'] = jnp.isfinite(squares_L)
         return TrainState(state.step + 1, params, opt_state, extra), means
 
     return lambda state, batches: jax.lax.scan(step, state, batches)
-
-
-def setup(experiment: Experiment) -> Setup:
-    """Returns mesh, shapes and shardings of a run; allocates and compiles nothing.
-
-    Raises:
-      UsageError: mesh, batch, rules, or the metric to monitor do not fit together.
-    """
-    run = experiment.run
-    mesh = sharding.make_mesh(run.mesh)
-    sharding.check_batch(run.batch, run.accumulate, mesh)
-    abstract = jax.eval_shape(make_init(experiment.task, experiment.optimizer, run.seed))
-    return Setup(mesh, abstract, sharding.state_shardings(abstract, experiment.rules, mesh))
-
-
-def stop_if_not_finite(step: int, values: dict[str, np.ndarray], abstract: TrainState) -> None:
-    """Raises FloatingPointError naming step and first bad leaf, if loss or gradient is not finite."""
-    bad = [
-        sharding.path_string(path)
-        for (path, _), finite in zip(
-            jax.tree_util.tree_leaves_with_path(abstract.params), values['finite'], strict=True
-        )
-        if not finite
-    ]
-    if bad or not np.isfinite(values['loss']):
-        where = f'gradient of {bad[0]} and {len(bad) - 1} more' if bad else 'no gradient'
-        raise FloatingPointError(
-            f'step {step}: loss is {values["loss"]:g}; not finite: {where}. The last good '
-            f'checkpoint is kept. Try a lower --peak_lr, --clip=1, or --nonfinite=skip.'
-        )
 
 
 def train(experiment: Experiment, identity: Identity, workdir: Path) -> Outcome:
@@ -191,12 +91,13 @@ def train(experiment: Experiment, identity: Identity, workdir: Path) -> Outcome:
         print(report.summary_table(description), file=sys.stderr, flush=True)
     checkpoints = Checkpoints(workdir, keep=run.keep)
     start = max(checkpoints.steps(), default=0)
+    check_start(start, run)
     writer = Writer(
         workdir,
         steps=run.steps,
         log_every=run.log_every,
         unit=task.unit,
-        units_per_step=description['units_per_step'],
+        units_per_step=description[f'{task.unit}_per_step'],
         flops_per_step=description['flops_per_step'],
         peak=description['peak_flops'],
         resume_step=start,
@@ -204,7 +105,15 @@ def train(experiment: Experiment, identity: Identity, workdir: Path) -> Outcome:
         active=jax.process_index() == 0,
     )
 
-    with jax.set_mesh(plan.mesh), catch_interrupts() as interrupt, writer:
+    profile = Profile(run.profile_steps, workdir)
+
+    with (
+        jax.set_mesh(plan.mesh),
+        catch_interrupts() as interrupt,
+        contextlib.closing(checkpoints),
+        writer,
+        profile,
+    ):
         # ---- State: restored, or born sharded ----
         progress: dict[str, Any] = {'best': None, 'since_best': 0}
         if start:
@@ -226,7 +135,7 @@ def train(experiment: Experiment, identity: Identity, workdir: Path) -> Outcome:
             process_count=jax.process_count(),
         )
         batches = pipeline.iterate(
-            dataset.batch(run.steps_per_call)[start // run.steps_per_call:], workers=run.workers
+            dataset[start : run.steps].batch(run.steps_per_call), workers=run.workers
         )
 
         # ---- The step, compiled once ----
@@ -244,7 +153,7 @@ def train(experiment: Experiment, identity: Identity, workdir: Path) -> Outcome:
             for i in range(run.steps_per_call):
                 row = {name: value[i] for name, value in values.items()}
                 if experiment.nonfinite == 'stop':
-                    stop_if_not_finite(first + i, row, plan.abstract)
+                    stop_if_not_finite(first + i, row, plan.abstract.params)
                 writer.step(first + i, {name: v for name, v in row.items() if name != 'finite'})
 
         # ---- The loop ----
@@ -253,6 +162,7 @@ def train(experiment: Experiment, identity: Identity, workdir: Path) -> Outcome:
         while step < run.steps and not stopping:
             with times('input'):
                 batch = sharding.shard_batch(next(batches), placed)
+            profile.at(step)
             with times('compile' if step == start else 'step'):
                 state, values = train_step(state, batch)
                 if pending:
@@ -287,11 +197,20 @@ def train(experiment: Experiment, identity: Identity, workdir: Path) -> Outcome:
 
         # ---- The end ----
         with times('checkpoint'):
-            checkpoints.close()
+            checkpoints.wait()
         if scores is None and not interrupt.signal:
             with times('evaluation'):
                 scores = evaluator(state)
     return Outcome(step, state, scores, interrupt.signal, times)
+
+
+def check_start(start: int, run: Run) -> None:
+    """Raises UsageError if calls of `steps_per_call` steps do not go on from step `start`."""
+    if start % run.steps_per_call:
+        raise UsageError(
+            f'--steps_per_call={run.steps_per_call}: must divide the step to go on from, {start}; '
+            f'try --steps_per_call={math.gcd(start, run.steps_per_call)}'
+        )
 
 
 def _every(interval: int, step: int) -> bool:

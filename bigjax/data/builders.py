@@ -26,7 +26,7 @@ class FilesConfig(tfds.core.BuilderConfig):
     splits: dict[str, list[str]] = dataclasses.field(default_factory=dict)
 
 
-with tfds.core.registered.skip_registering():
+with tfds.core.registered.skip_registration():
 
     class StdlibText(tfds.core.GeneratorBasedBuilder):
         """Source text of the Python standard library."""

@@ -1,5 +1,8 @@
 """A shuffle that is never stored: position in an epoch -> record, computed."""
 
+import functools
+import math
+
 import numpy as np
 
 ROUNDS = 6
@@ -25,42 +28,46 @@ def shuffled(position: int, rows: int, size: int, *, seed: int) -> np.ndarray:
     while row < rows:
         epoch, first = divmod(position + row, size)
         count = min(rows - row, size - first)
-        key = np.random.SeedSequence((seed, epoch)).generate_state(ROUNDS)
-        out[row : row + count] = permute(np.arange(first, first + count), size, key)
+        places = np.arange(first, first + count)
+        out[row : row + count] = permute(places, size, epoch_key(seed, epoch))
         row += count
     return out
 
 
-def permute(x: np.ndarray, size: int, key: np.ndarray) -> np.ndarray:
+@functools.lru_cache(maxsize=16)
+def epoch_key(seed: int, epoch: int) -> tuple[np.uint64, ...]:
+    """Returns the round keys of one epoch's permutation."""
+    # Hashed, not added: epoch 1 of seed 0 must not be epoch 0 of seed 1.
+    return tuple(np.random.SeedSequence((seed, epoch)).generate_state(ROUNDS, np.uint64))
+
+
+def permute(x: np.ndarray, size: int, key: tuple[np.uint64, ...]) -> np.ndarray:
     """Applies a keyed permutation of range(size) to each element of `x`.
 
-    A balanced Feistel network over the next even power of two, walked until it falls inside the
-    range (Black and Rogaway, "Ciphers with arbitrary finite domains", 2002).
-    grain.experimental.index_shuffle does the same at 3.2 us an index, 0.8 ms for a batch of 256;
-    this form handles the batch at once in 0.15 ms.
+    A generalised Feistel network on pairs below a = ceil(sqrt(size)), walked until it falls inside
+    the range (Black and Rogaway, "Ciphers with arbitrary finite domains", 2002).
+    grain.experimental.index_shuffle does the same one index a call, at 3.2 us each: 0.8 ms for a
+    batch of 256, a hundredth of a training step of 80 ms.
 
     Args:
-        x: int64 [n], each in [0, size).
-        size: size of the range, below 2**62.
-        key: uint32 [rounds].
+        x: integers [n], each in [0, size).
+        size: size of the range, at most 2**62.
+        key: one 64-bit word a round.
 
     Returns:
         int64 [n]; distinct for distinct inputs.
     """
-    half = max(1, ((size - 1).bit_length() + 1) // 2)
-    mask = np.uint32((1 << half) - 1)
-    out = x.astype(np.int64)
-    todo = np.arange(len(out))
-    while len(todo):
-        left = (out[todo] >> half).astype(np.uint32)
-        right = (out[todo] & int(mask)).astype(np.uint32)
-        for word in key:
-            # The mixing steps of xxHash32; only that the round depends on all bits matters.
-            mixed = (right ^ word) * np.uint32(0x9E3779B1) + word
-            mixed ^= mixed >> np.uint32(15)
-            mixed *= np.uint32(0x85EBCA77)
-            mixed ^= mixed >> np.uint32(13)
-            left, right = right, left ^ (mixed & mask)
-        out[todo] = (left.astype(np.int64) << half) | right
-        todo = todo[out[todo] >= size]
+    a = np.uint64(math.isqrt(size - 1) + 1)
+    left, right = np.divmod(x.astype(np.uint64), a)
+    for word in key:
+        # splitmix64's multipliers; only that the round depends on all bits matters.
+        mixed = (right ^ word) * np.uint64(0xBF58476D1CE4E5B9)
+        mixed ^= mixed >> np.uint64(31)
+        mixed *= np.uint64(0x94D049BB133111EB)
+        mixed >>= np.uint64(32)  # so that the sum below cannot wrap
+        left, right = right, (left + mixed) % a
+    out = (left * a + right).astype(np.int64)
+    outside = out >= size
+    if outside.any():
+        out[outside] = permute(out[outside], size, key)
     return out

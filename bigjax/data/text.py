@@ -81,11 +81,11 @@ def open_language(
     corpus = open_corpus(dataset, data_dir=data_dir)
     name = tokenizer if tokenizer == 'bytes' else f'bpe{vocab}'
     folder = prepared(
-        data_dir, f'tokens/{corpus.key}-{name}', lambda made: write_tokens(made, corpus, name, vocab)
+        data_dir,
+        f'tokens/{corpus.key}-{name}',
+        lambda made: write_tokens(made, corpus, name, vocab),
     )
-    train, validation = (
-        Windows(MappedArray(folder / f'{split}.npy'), seq) for split in SPLITS
-    )
+    train, validation = (Windows(MappedArray(folder / f'{split}.npy'), seq) for split in SPLITS)
     for split, windows in zip(SPLITS, (train, validation), strict=True):
         if not len(windows):
             raise UsageError(

@@ -58,7 +58,7 @@ class LSTMClassifier(nn.Module):
         if self.pool not in ('last', 'mean', 'max'):
             raise ValueError(f'--pool={self.pool}: must be last, mean or max; try --pool=last')
         # Turning the small integer array over spares every layer two transposes.
-        tokens_TB = tokens_BT.T
+        tokens_TB = jnp.asarray(tokens_BT).T
         mask_TB = tokens_TB >= 0
         embed = nn.Embed(self.vocab, self.embed, dtype=self.dtype, name='embed')
         drop = nn.Dropout(self.dropout, deterministic=not train)

@@ -15,8 +15,10 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 
+from bigjax.nn.winograd import conv_winograd
+
 Padding = str | Sequence[tuple[int, int]]
-_IMPLS = (None, 'xla', 'taps')
+_IMPLS = (None, 'xla', 'taps', 'winograd')
 
 
 def conv(
@@ -49,7 +51,14 @@ def conv(
     )
     pads = tuple((int(low), int(high)) for low, high in pads)
     if impl is None:
-        impl = _choose(x_BHWC.shape, w_IJCO.shape)
+        impl = _choose(x_BHWC, w_IJCO, strides, pads)
+    if impl == 'winograd':
+        if not _winograd_fits(w_IJCO.shape, strides, pads):
+            raise ValueError(
+                "impl='winograd' needs a 3×3 kernel, strides (1, 1) and one pixel of padding; got "
+                f"{w_IJCO.shape[:2]}, {tuple(strides)}, {pads}; use impl='xla'"
+            )
+        return conv_winograd(x_BHWC, w_IJCO)
     if impl == 'taps':
         return _conv_taps(x_BHWC, w_IJCO, tuple(strides), pads)
     return lax.conv_general_dilated(
@@ -57,10 +66,21 @@ def conv(
     )
 
 
-def _choose(x_shape: tuple[int, ...], w_shape: tuple[int, ...]) -> str:
-    # Measured: XLA's CPU convolution wastes its work on padding and packing once images are small.
-    _, h, w, c = x_shape
-    if jax.default_backend() == 'cpu' and h * w <= 64 and min(c, w_shape[3]) >= 64:
+def _winograd_fits(w_shape, strides, pads) -> bool:
+    return tuple(w_shape[:2]) == (3, 3) and tuple(strides) == (1, 1) and pads == ((1, 1), (1, 1))
+
+
+def _choose(x_BHWC, w_IJCO, strides, pads) -> str:
+    if jax.default_backend() != 'cpu':
+        return 'xla'
+    # Measured on CPUs: XLA's convolution packs and pads small images slowly.
+    _, h, w, c = x_BHWC.shape
+    few = min(c, w_IJCO.shape[3])
+    full = x_BHWC.dtype == jnp.float32
+    if full and few >= 64 and h * w >= 16 and _winograd_fits(w_IJCO.shape, strides, pads):
+        return 'winograd'
+    one = w_IJCO.shape[:2] == (1, 1)
+    if (one or h * w <= 64) and few >= 64:
         return 'taps'
     return 'xla'
 

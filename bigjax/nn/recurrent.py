@@ -39,83 +39,91 @@ def _gates(a_BG: Array) -> Array:
     return scale_G * jnp.tanh(scale_G * a_BG) + (1 - scale_G)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
 def lstm_scan(
-    z_TBG: Array, u_HG: Array, h_BH: Array, c_BH: Array, mask_TB: Array | None, reverse: bool
+    z_TBG: Array,
+    u_HG: Array,
+    b_G: Array,
+    h_BH: Array,
+    c_BH: Array,
+    mask_TB: Array | None,
+    reverse: bool,
 ) -> tuple[Array, Array, Array]:
-    """Runs the LSTM recurrence a_t = z_t + h_{t-1} U, c_t = f c_{t-1} + i g, h_t = o tanh(c_t).
+    """Runs the recurrence a_t = z_t + h_{t-1} U + b, c_t = f c_{t-1} + i g, h_t = o tanh(c_t).
 
-    `z_TBG` is the input's share of the gates, bias included; `mask_TB` False keeps the state as it
-    is. Returns every h [T, B, H], the last h and the last c, last in the direction of the scan.
-    The gradient is written by hand: the saved gates spare the loop its recomputation, and dU is
-    one matrix product after the loop instead of a sum inside it. Hochreiter and Schmidhuber
-    (1997); with the forget gate of Gers et al. (2000).
+    `z_TBG` is the input's share of the gates; where `mask_TB` (bool) is False the state stays as
+    it is. Returns every h [T, B, H], the last h and the last c, last in the direction of the scan.
+    Hochreiter and Schmidhuber (1997), with the forget gate of Gers et al. (2000).
+
+    The gradient is written by hand: saved gates spare the loop their recomputation, and dU is one
+    matrix product after the loop instead of a sum inside it. One buffer holds z, then the gates,
+    then their gradient, since each step reads its slice before it writes it.
     """
-    return _forward(z_TBG, u_HG, h_BH, c_BH, mask_TB, reverse)[0]
+    return _forward(z_TBG, u_HG, b_G, h_BH, c_BH, mask_TB, reverse)[0]
 
 
-def _forward(z_TBG, u_HG, h0_BH, c0_BH, mask_TB, reverse):
-    def step(carry, inputs):
-        h_BH, c_BH = carry
-        z_BG, mask_B = inputs
-        gates_BG = _gates(z_BG + h_BH @ u_HG)
+def _forward(z_TBG, u_HG, b_G, h0_BH, c0_BH, mask_TB, reverse):
+    T = z_TBG.shape[0]
+
+    def step(n, carry):
+        h_BH, c_BH, gates_TBG, h_TBH, c_prev_TBH = carry
+        t = T - 1 - n if reverse else n
+        gates_BG = _gates(gates_TBG[t] + h_BH @ u_HG + b_G[None])
         i, f, g, o = jnp.split(gates_BG, 4, axis=-1)
         new_c = f * c_BH + i * g
         new_h = (o * jnp.tanh(new_c)).astype(h_BH.dtype)
-        if mask_B is not None:
-            new_h = jnp.where(mask_B[:, None], new_h, h_BH)
-            new_c = jnp.where(mask_B[:, None], new_c, c_BH)
-        return (new_h, new_c), (new_h, (gates_BG, c_BH))
+        if mask_TB is not None:
+            mask_B1 = mask_TB[t][:, None]
+            new_h = jnp.where(mask_B1, new_h, h_BH)
+            new_c = jnp.where(mask_B1, new_c, c_BH)
+        saved = (_put(gates_TBG, gates_BG, t), _put(h_TBH, new_h, t), _put(c_prev_TBH, c_BH, t))
+        return (new_h, new_c, *saved)
 
-    (h_BH, c_BH), (h_TBH, saved) = lax.scan(
-        step, (h0_BH, c0_BH), (z_TBG, mask_TB), reverse=reverse
-    )
-    return (h_TBH, h_BH, c_BH), (saved, h_TBH, u_HG, h0_BH, mask_TB)
+    outputs = (jnp.zeros((T, *h0_BH.shape), h0_BH.dtype), jnp.zeros((T, *c0_BH.shape), c0_BH.dtype))
+    carry = lax.fori_loop(0, T, step, (h0_BH, c0_BH, z_TBG, *outputs))
+    h_BH, c_BH, gates_TBG, h_TBH, c_prev_TBH = carry
+    return (h_TBH, h_BH, c_BH), (gates_TBG, h_TBH, c_prev_TBH, u_HG, h0_BH, mask_TB)
 
 
 def _backward(reverse, residuals, cotangents):
-    (gates_TBG, c_prev_TBH), h_TBH, u_HG, h0_BH, mask_TB = residuals
+    gates_TBG, h_TBH, c_prev_TBH, u_HG, h0_BH, mask_TB = residuals
     dy_TBH, dh_BH, dc_BH = cotangents
+    T, _, G = gates_TBG.shape
     u_GH = u_HG.T
 
-    def step(carry, inputs):
-        dh_BH, dc_BH = carry
-        dy_BH, gates_BG, c_prev_BH, mask_B = inputs
-        # Without the barrier XLA reads the slice anew in each of the six expressions below, which
-        # makes the loop nearly twice as slow on CPUs.
-        i, f, g, o = jnp.split(lax.optimization_barrier(gates_BG), 4, axis=-1)
-        dh_BH = dh_BH + dy_BH
+    def step(n, carry):
+        dh_BH, dc_BH, dz_TBG = carry
+        t = n if reverse else T - 1 - n
+        # The barrier makes one copy of the slice. Without it XLA reads the slice anew wherever it
+        # is used, and so must copy the whole buffer before it may overwrite any of it.
+        i, f, g, o = jnp.split(lax.optimization_barrier(dz_TBG[t]), 4, axis=-1)
+        c_prev_BH = c_prev_TBH[t]
+        dh_BH = dh_BH + dy_TBH[t]
+        kept_h, kept_c = 0, 0
+        if mask_TB is not None:
+            mask_B1 = mask_TB[t][:, None]
+            kept_h, kept_c = jnp.where(mask_B1, 0, dh_BH), jnp.where(mask_B1, 0, dc_BH)
+            dh_BH, dc_BH = jnp.where(mask_B1, dh_BH, 0), jnp.where(mask_B1, dc_BH, 0)
         tanh_c = jnp.tanh(f * c_prev_BH + i * g)
-        new_dc = dc_BH + dh_BH * o * (1 - tanh_c * tanh_c)
+        dc_BH = dc_BH + dh_BH * o * (1 - tanh_c * tanh_c)
         da = (
-            new_dc * g * i * (1 - i),
-            new_dc * c_prev_BH * f * (1 - f),
-            new_dc * i * (1 - g * g),
+            dc_BH * g * i * (1 - i),
+            dc_BH * c_prev_BH * f * (1 - f),
+            dc_BH * i * (1 - g * g),
             dh_BH * tanh_c * o * (1 - o),
         )
         dz_BG = jnp.concatenate(da, axis=-1).astype(u_GH.dtype)
-        new_dc = new_dc * f
-        if mask_B is not None:
-            dz_BG = jnp.where(mask_B[:, None], dz_BG, 0)
-            new_dc = jnp.where(mask_B[:, None], new_dc, dc_BH)
-        new_dh = dz_BG @ u_GH
-        if mask_B is not None:
-            new_dh = jnp.where(mask_B[:, None], new_dh, dh_BH)
-        return (new_dh, new_dc), dz_BG
+        return dz_BG @ u_GH + kept_h, dc_BH * f + kept_c, _put(dz_TBG, dz_BG, t)
 
-    (dh_BH, dc_BH), dz_TBG = lax.scan(
-        step,
-        (dh_BH, dc_BH),
-        (dy_TBH, gates_TBG, c_prev_TBH, mask_TB),
-        reverse=not reverse,
-    )
-    if reverse:
-        h_prev_TBH = jnp.concatenate([h_TBH[1:], h0_BH[None]])
-    else:
-        h_prev_TBH = jnp.concatenate([h0_BH[None], h_TBH[:-1]])
-    G = dz_TBG.shape[-1]
-    du_HG = h_prev_TBH.reshape(-1, G // 4).T @ dz_TBG.reshape(-1, G)
-    return dz_TBG, du_HG, dh_BH, dc_BH, None
+    dh_BH, dc_BH, dz_TBG = lax.fori_loop(0, T, step, (dh_BH, dc_BH, gates_TBG))
+    parts = [h_TBH[1:], h0_BH[None]] if reverse else [h0_BH[None], h_TBH[:-1]]
+    h_prev_NH = jnp.concatenate(parts).reshape(-1, G // 4)
+    dz_NG = dz_TBG.reshape(-1, G)
+    return dz_TBG, h_prev_NH.T @ dz_NG, dz_NG.sum(0), dh_BH, dc_BH, None
+
+
+def _put(buffer_TBX: Array, value_BX: Array, t: Array) -> Array:
+    return lax.dynamic_update_index_in_dim(buffer_TBX, value_BX.astype(buffer_TBX.dtype), t, 0)
 
 
 lstm_scan.defvjp(_forward, _backward)
@@ -169,6 +177,8 @@ class LSTM(nn.Module):
             raise ValueError(
                 f'direction={self.direction!r}: must be forward, reverse or both; try forward'
             )
+        x_BTC = jnp.asarray(x_BTC)
+        mask_BT = None if mask_BT is None else jnp.asarray(mask_BT)
         x_TBC = x_BTC if self.time_major else x_BTC.swapaxes(0, 1)
         mask_TB = mask_BT if self.time_major or mask_BT is None else mask_BT.swapaxes(0, 1)
         directions = ('forward', 'reverse') if self.direction == 'both' else (self.direction,)
@@ -202,10 +212,11 @@ class LSTM(nn.Module):
         # One product for all steps, on two dimensions: XLA's CPU gradient of a product with a
         # three-dimensional operand is half as fast.
         x_NC = x_TBC.reshape(T * B, C).astype(self.dtype)
-        z_NG = x_NC @ kernel.astype(self.dtype) + bias.astype(self.dtype)[None]
+        z_NG = x_NC @ kernel.astype(self.dtype)
         return lstm_scan(
             z_NG.reshape(T, B, G),
             recurrent.astype(self.dtype),
+            bias.astype(self.dtype),
             h0_BH.astype(self.dtype),
             c0_BH,
             mask_TB,

@@ -1,0 +1,128 @@
+"""3×3 convolution by Winograd's minimal filtering F(4×4, 3×3): a quarter of the multiplications.
+
+Lavin & Gray 2015, "Fast algorithms for convolutional neural networks", equations 8 and 12. Images
+are cut in 4×4 output tiles, each reading 6×6 pixels; a fixed linear map takes those to 36 products,
+which over all tiles and channels are 36 matrix products, and another maps them back. Rounding is
+that of a longer sum: about 3e-6 relative in float32, where a direct sum has 4e-7.
+
+Legend: B batch, H W rows and columns (multiples of 4), C input channels, O output channels, N tiles
+of all images. A grid is a list of lists of arrays: its two indices are those of a tile's pixels.
+"""
+
+from functools import reduce
+from operator import add
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+TILE = 4  # output pixels per side
+_READ = TILE + 2  # input pixels per side
+# The paper's Bᵀ (pixels to products), G (kernel to products) and Aᵀ (products to pixels).
+_PIXELS = np.array(
+    [
+        [4, 0, -5, 0, 1, 0],
+        [0, -4, -4, 1, 1, 0],
+        [0, 4, -4, -1, 1, 0],
+        [0, -2, -1, 2, 1, 0],
+        [0, 2, -1, -2, 1, 0],
+        [0, 4, 0, -5, 0, 1],
+    ]
+)
+_KERNEL = np.array([[6, 0, 0], [-4, -4, -4], [-4, 4, -4], [1, 2, 4], [1, -2, 4], [0, 0, 24]]) / 24
+_OUTPUT = np.array(
+    [[1, 1, 1, 1, 1, 0], [0, 1, -1, 2, -2, 0], [0, 1, 1, 4, 4, 0], [0, 1, -1, 8, -8, 1]]
+)
+
+Grid = list[list[jax.Array]]
+
+
+@jax.custom_vjp
+def conv_winograd(x_BHWC: jax.Array, w_IJCO: jax.Array) -> jax.Array:
+    """3×3 cross-correlation, stride 1, one pixel of zeros around: [B, H, W, C] to [B, H, W, O].
+
+    Takes a kernel [3, 3, C, O] and any H and W; the dtype is that of the inputs.
+    """
+    return _forward(x_BHWC, w_IJCO)[0]
+
+
+def _forward(x_BHWC, w_IJCO):
+    b, h, w, c = x_BHWC.shape
+    # One pixel before; after, one and whatever fills the last tile.
+    pads = [(1, -size % TILE + 1) for size in (h, w)]
+    x_BHWC = jnp.pad(x_BHWC, ((0, 0), *pads, (0, 0)))
+    rows, cols = x_BHWC.shape[1] - _READ + 1, x_BHWC.shape[2] - _READ + 1
+    pixels = [
+        [x_BHWC[:, i : i + rows : TILE, j : j + cols : TILE].reshape(-1, c) for j in range(_READ)]
+        for i in range(_READ)
+    ]
+    v_NC = _transform(_PIXELS, pixels)
+    u_CO = _transform(_KERNEL, [[w_IJCO[i, j] for j in range(3)] for i in range(3)], store=False)
+    y_NO = _transform(_OUTPUT, _each(jnp.matmul, v_NC, u_CO))
+    return _join(y_NO, (b, h, w, w_IJCO.shape[3])), (v_NC, u_CO)
+
+
+def _backward(saved, g_BHWO):
+    v_NC, u_CO = saved
+    b, h, w, o = g_BHWO.shape
+    g_BHWO = jnp.pad(g_BHWO, ((0, 0), (0, -h % TILE), (0, -w % TILE), (0, 0)))
+    pixels = [
+        [g_BHWO[:, i::TILE, j::TILE].reshape(-1, o) for j in range(TILE)] for i in range(TILE)
+    ]
+    gm_NO = _transform(_OUTPUT.T, pixels)
+    du_CO = _each(lambda v, g: v.T @ g, v_NC, gm_NO)
+    dw_CO = _transform(_KERNEL.T, du_CO, store=False)
+    dv_NC = _transform(_PIXELS.T, _each(lambda g, u: g @ u.T, gm_NO, u_CO))
+    c = v_NC[0][0].shape[1]
+    tiles = (b, -(-h // TILE), -(-w // TILE), c)
+    d_BPQC = [[d.reshape(tiles) for d in row] for row in dv_NC]
+    # Neighbouring tiles read the same pixels: the margins are added to the neighbour's own.
+    by_column = [_overlap([row[j] for row in d_BPQC], 1) for j in range(_READ)]
+    by_row = [_overlap([col[i] for col in by_column], 2) for i in range(TILE)]
+    dx_BHWC = _join(by_row, (b, h, w, c))
+    return dx_BHWC, jnp.stack([jnp.stack(row) for row in dw_CO])
+
+
+conv_winograd.defvjp(_forward, _backward)
+
+
+def _each(f, left: Grid, right: Grid) -> Grid:
+    return [[f(a, b) for a, b in zip(*rows, strict=True)] for rows in zip(left, right, strict=True)]
+
+
+def _transform(matrix: np.ndarray, grid: Grid, *, store: bool = True) -> Grid:
+    """`matrix` @ grid @ `matrix`ᵀ over the two indices of a grid."""
+    columns = [_mix(matrix, column) for column in zip(*grid, strict=True)]
+    if store:
+        # Without the barrier XLA fuses the second half into every use and computes the first again.
+        columns = lax.optimization_barrier(columns)
+    return [_mix(matrix, row) for row in zip(*columns, strict=True)]
+
+
+def _mix(matrix, arrays):
+    terms = [[(float(k), a) for k, a in zip(row, arrays, strict=True) if k] for row in matrix]
+    # XLA drops a multiplication by 1 and turns one by -1 into a subtraction.
+    return [reduce(add, [a * k for k, a in row]) for row in terms]
+
+
+def _overlap(pixels: list[jax.Array], axis: int) -> list[jax.Array]:
+    """Folds the 6 rows (or columns) read by a tile onto the 4 it owns: -1 and 4 are neighbours'."""
+    before, *own, after = pixels
+
+    def shift(a, by):
+        config = [(0, 0, 0)] * a.ndim
+        config[axis] = (by, -by, 0)
+        return lax.pad(a, jnp.zeros((), a.dtype), config)
+
+    own[0] += shift(after, 1)
+    own[-1] += shift(before, -1)
+    return own
+
+
+def _join(tiles: Grid, shape: tuple[int, int, int, int]) -> jax.Array:
+    """Interleaves a 4×4 grid of pixels into images, and crops the last tiles to `shape`."""
+    b, h, w, c = shape
+    p, q = -(-h // TILE), -(-w // TILE)
+    rows = [jnp.stack([a.reshape(b, p, q, c) for a in row], axis=3) for row in tiles]
+    return jnp.stack(rows, axis=2).reshape(b, p * TILE, q * TILE, c)[:, :h, :w]

@@ -1,0 +1,66 @@
+"""The train state, and where each part of it will live."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from bigjax import sharding
+from bigjax.experiment import Experiment
+from bigjax.task import Task
+
+
+class TrainState(NamedTuple):
+    """What a step reads and writes, and a checkpoint holds.
+
+    Attributes:
+      step: int32 scalar, steps done.
+      params: float32 parameters.
+      opt_state: state of the optax chain.
+      extra: what the model keeps beside its parameters, such as BatchNorm statistics.
+    """
+
+    step: jax.Array
+    params: Any
+    opt_state: Any
+    extra: Any
+
+
+class Setup(NamedTuple):
+    """Where everything will live, known before anything is allocated or compiled.
+
+    Attributes:
+      mesh: devices of all processes.
+      abstract: train state of shapes and dtypes.
+      shardings: train state of shardings.
+    """
+
+    mesh: jax.sharding.Mesh
+    abstract: TrainState
+    shardings: TrainState
+
+
+def make_init(task: Task, optimizer: optax.GradientTransformation, seed: int) -> Callable:
+    """Returns the pure `() -> TrainState` of step 0."""
+
+    def init() -> TrainState:
+        variables = dict(task.init(jax.random.key(seed)))
+        params = variables.pop('params')
+        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), variables)
+
+    return init
+
+
+def setup(experiment: Experiment) -> Setup:
+    """Returns mesh, shapes and shardings of a run; allocates and compiles nothing.
+
+    Raises:
+      UsageError: mesh, batch, rules, or the metric to monitor do not fit together.
+    """
+    run = experiment.run
+    mesh = sharding.make_mesh(run.mesh)
+    sharding.check_batch(run.batch, run.accumulate, mesh)
+    abstract = jax.eval_shape(make_init(experiment.task, experiment.optimizer, run.seed))
+    return Setup(mesh, abstract, sharding.state_shardings(abstract, experiment.rules, mesh))

@@ -1,0 +1,91 @@
+"""Byte-level GPT on the source of the Python standard library that runs it.
+
+The shape and recipe of nanoGPT's smallest example (github.com/karpathy/nanoGPT, README), on text
+that every Python installation carries. Validation is the last tenth of the files.
+
+    python launch.py --experiment=gpt_stdlib
+"""
+
+import jax.numpy as jnp
+from typing import Literal
+
+from bigjax.data.text import open_language
+from bigjax.experiment import Data, Experiment, Run, Sample
+from bigjax.models import gpt
+from bigjax.optimizers import Optim, make_optimizer
+from bigjax.task import Decoder, causal_lm
+
+
+def experiment(
+    *,
+    depth: int = 4,
+    heads: int = 4,
+    width: int = 128,
+    seq: int = 64,
+    bias: bool = False,
+    dropout: float = 0.0,
+    dtype: Literal['float32', 'bfloat16'] = 'float32',
+    dataset: str = 'stdlib',
+    tokenizer: Literal['bytes', 'bpe'] = 'bytes',
+    vocab: int = 4096,
+    z_loss: float = 0.0,
+    run: Run = Run(steps=2000, batch=12, eval_every=500, save_every=500),
+    optim: Optim = Optim(peak_lr=1e-3, warmup=100, b2=0.99, weight_decay=0.1, clip=1.0),
+    sample: Sample = Sample(prompt='def '),
+) -> Experiment:
+    """Builds the run.
+
+    Args:
+      depth: transformer blocks
+      heads: attention heads; must divide the width
+      width: width of the residual stream
+      seq: tokens of context
+      bias: whether dense layers and norms have biases
+      dropout: share of activations zeroed in training
+      dtype: type of the computation; parameters are float32
+      dataset: stdlib, files:GLOB or tfds:NAME
+      tokenizer: bytes, or a byte-level BPE trained on the data
+      vocab: tokens of the BPE
+      z_loss: weight of the squared log-partition in the loss
+    """
+    data = open_language(
+        dataset, seq=seq, data_dir=run.data_dir, tokenizer=tokenizer, vocab=vocab
+    )
+    vocab_size = data.tokenizer.vocab_size
+    model = gpt.GPT(
+        vocab_size=vocab_size,
+        context_length=seq,
+        depth=depth,
+        heads=heads,
+        width=width,
+        bias=bias,
+        dropout=dropout,
+        dtype=jnp.dtype(dtype),
+    )
+    optimizer, schedule = make_optimizer(optim, steps=run.steps)
+    return Experiment(
+        task=causal_lm(
+            model,
+            length=seq,
+            token_bytes_V=data.tokenizer.token_bytes,
+            forward_flops=gpt.forward_flops(
+                vocab_size=vocab_size, length=seq, depth=depth, width=width
+            ),
+            decoder=Decoder(
+                model.init_cache,
+                lambda params, tokens_BT, cache: model.apply(
+                    {'params': params}, tokens_BT, cache, method='decode'
+                ),
+                seq,
+            ),
+            z_loss=z_loss,
+        ),
+        optimizer=optimizer,
+        schedule=schedule,
+        nonfinite=optim.nonfinite,
+        data=Data(train=data.train, evals={'validation': data.validation}, card=data.card),
+        rules=gpt.RULES,
+        run=run,
+        sample=sample,
+        tokenizer=data.tokenizer,
+    )

@@ -19,7 +19,9 @@ from pathlib import Path
 try:
     from absl import app, flags
 except ImportError:
-    sys.exit(f'launch.py: its packages are missing; try: {sys.executable} -m pip install -r requirements.txt')
+    sys.exit(
+        f'launch.py: its packages are missing; try: {sys.executable} -m pip install -r requirements.txt'
+    )
 
 from bigjax import experiment as experiments
 

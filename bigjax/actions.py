@@ -44,7 +44,7 @@ def run(
         )
     if not (workdir / 'run.json').exists():
         raise UsageError(
-            f'--workdir={workdir}: holds no run; train first, with --action=train and the same knobs'
+            f'--workdir={workdir}: holds no run; train first: --action=train with the same knobs'
         )
     identity.claim(workdir)
     checkpoints = Checkpoints(workdir, keep=experiment.run.keep)
@@ -73,7 +73,7 @@ def _train(experiment: Experiment, identity: Identity, workdir: Path) -> int:
         _print_scores(experiment, outcome.step, outcome.scores)
     if experiment.task.decoder:
         _print_samples(experiment, outcome.state, sys.stderr)
-    _tell(f'time: {outcome.times.summary()}')
+    _tell(outcome.times.summary())
     if jax.process_index() == 0:
         _tell(f'learning curves: {curves}')
     verb = 'generate' if experiment.task.decoder else 'evaluate'
@@ -89,14 +89,20 @@ def _command(identity: Identity, workdir: Path) -> str:
 
 
 def _print_scores(experiment: Experiment, step: int, scores: dict[str, dict[str, Any]]) -> None:
-    """Tells the metrics of every evaluation set, and classes or bits where there are any."""
+    """Tells every evaluation set's metrics, with what follows from them for its kind of task."""
     for name, metrics in scores.items():
-        _tell(f'\n{name} after step {step}:')
+        _tell(f'\n{name} after step {step}')
         if 'confusion' in metrics:
-            figures, text = report.classification_report(
-                metrics['confusion'], experiment.task.class_names
-            )
-            _tell(text)
+            text = report.classification_report(metrics['confusion'], experiment.task.class_names)[
+                1
+            ]
+            text += f'\nloss {metrics["loss"]:.4f}'
+        elif 'bits_per_byte' in metrics:
+            text = report.language_model_report(float(metrics['loss']))[1]
+            text += f', {metrics["bits_per_byte"]:.4f} bits per byte'
+        else:
+            text = ', '.join(f'{k.replace("_", " ")} {v:.4f}' for k, v in metrics.items())
+        _tell(text)
 
 
 def _print_samples(experiment: Experiment, state: TrainState, file: Any) -> None:

@@ -91,7 +91,7 @@ class Evaluator:
         for name, records in self._experiment.data.evals.items():
             dataset = pipeline.eval_batches(
                 records,
-                batch=self._experiment.run.batch,
+                batch=self._experiment.run.eval_batch or self._experiment.run.batch,
                 process_index=jax.process_index(),
                 process_count=jax.process_count(),
             )

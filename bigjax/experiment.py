@@ -6,13 +6,15 @@ a frozen dataclass (`Run`, `Optim`, …) is a group: each of its fields is a kno
 
 import ast
 import dataclasses
+import difflib
 import hashlib
 import importlib
 import inspect
 import json
+import os
 import re
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -39,6 +41,7 @@ class Run:
       steps: optimizer steps in all
       batch: examples of one step, over all devices and hosts
       seed: seed of initialisation, data order, augmentation and dropout
+      eval_batch: examples of one evaluation batch; 0 takes --batch
       eval_every: steps between evaluations; 0 evaluates at the end only
       save_every: steps between checkpoints; 0 saves at the end only
       log_every: steps between logged lines
@@ -56,6 +59,7 @@ class Run:
     steps: int
     batch: int
     seed: int = 0
+    eval_batch: int = 0
     eval_every: int = 0
     save_every: int = 0
     log_every: int = 10
@@ -70,19 +74,19 @@ class Run:
     profile_steps: str = ''
 
     # A resumed run may change these: they say how long and where it runs, not what it computes.
-    FREE: ClassVar[frozenset[str]] = frozenset(
-        'steps eval_every save_every log_every keep monitor patience steps_per_call mesh workers '
-        'data_dir profile_steps'.split()
-    )
+    FREE: ClassVar[tuple[str, ...]] = (
+        'steps', 'eval_batch', 'eval_every', 'save_every', 'log_every', 'keep', 'monitor',
+        'patience', 'steps_per_call', 'mesh', 'workers', 'data_dir', 'profile_steps',
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
-        for name, least in {'steps': 1, 'batch': 1, 'seed': 0, 'eval_every': 0, 'save_every': 0,
-                            'log_every': 1, 'keep': 1, 'patience': 0, 'accumulate': 1,
-                            'steps_per_call': 1, 'workers': 0}.items():  # fmt: skip
+        for name, least in {'steps': 1, 'batch': 1, 'seed': 0, 'eval_batch': 0, 'eval_every': 0,
+                            'save_every': 0, 'log_every': 1, 'keep': 1, 'patience': 0,
+                            'accumulate': 1, 'steps_per_call': 1, 'workers': 0}.items():  # fmt: skip
             if getattr(self, name) < least:
                 raise UsageError(
                     f'--{name}={getattr(self, name)}: must be at least {least}; '
-                    f'try --{name}={max(least, 1)}'
+                    f'try --{name}={least}'
                 )
         for name in ('steps', 'eval_every', 'save_every'):
             if getattr(self, name) % self.steps_per_call:
@@ -123,9 +127,9 @@ class Sample:
     min_p: float = 0.0
     sample_seed: int = 0
 
-    FREE: ClassVar[frozenset[str]] = frozenset(
-        'prompt length samples temperature top_k top_p min_p sample_seed'.split()
-    )
+    FREE: ClassVar[tuple[str, ...]] = (
+        'prompt', 'length', 'samples', 'temperature', 'top_k', 'top_p', 'min_p', 'sample_seed',
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         for name, rule, ok in (
@@ -207,24 +211,28 @@ class Knob(typing.NamedTuple):
     free: bool = False
 
 
+def _files() -> dict[str, Path]:
+    return {file.stem: file for file in sorted(EXPERIMENTS.glob('[a-z]*.py'))}
+
+
 def names() -> dict[str, str]:
     """Returns every experiment's name and first docstring line, without importing any."""
-    files = sorted(EXPERIMENTS.glob('[a-z]*.py'))
-    docs = {f.stem: ast.get_docstring(ast.parse(f.read_text('utf-8'))) or '' for f in files}
-    return {name: doc.partition('\n')[0] for name, doc in docs.items()}
+    docs = {n: ast.get_docstring(ast.parse(f.read_text('utf-8'))) for n, f in _files().items()}
+    return {name: (doc or '').partition('\n')[0] for name, doc in docs.items()}
 
 
 def find(name: str) -> Callable[..., Experiment]:
     """Returns the function `experiment` of `experiments/<name>.py`."""
-    if name not in names():
-        import difflib
-
-        near = difflib.get_close_matches(name, names(), n=1)
+    if name not in _files():
         raise UsageError(
             f'--experiment={name}: there is no experiments/{name}.py; '
-            f'try --experiment={near[0] if near else next(iter(names()))}'
+            f'try --experiment={_nearest(name, _files())}'
         )
     return importlib.import_module(f'experiments.{name}').experiment
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    return difflib.get_close_matches(name, known := list(known), n=1, cutoff=0)[0]
 
 
 def _help(doc: str | None) -> dict[str, str]:
@@ -239,23 +247,33 @@ def _type(annotation: Any) -> Any:
 
 
 def knobs(function: Callable[..., Experiment]) -> dict[str, Knob]:
-    """Returns the knobs of an experiment function in the order of its signature."""
-    hints, lines = typing.get_type_hints(function), _help(function.__doc__)
+    """Returns the knobs of an experiment function in the order of its signature.
+
+    Raises:
+      TypeError: a knob has no type, default or line of help, or two have one name.
+    """
     found: dict[str, Knob] = {}
+
+    def add(name: str, default: Any, source: Any, group: str, free: bool = False) -> None:
+        type_, line = typing.get_type_hints(source).get(name), _help(source.__doc__).get(name)
+        for lacks, what in (
+            (type_ is None, 'a type annotation'),
+            (default is inspect.Parameter.empty, 'a default'),
+            (line is None, f'a line "{name}: what it is" in the docstring of {source.__name__}'),
+            (name in found, f'a name of its own: {name in found and found[name].group} has it'),
+        ):
+            if lacks:
+                raise TypeError(f'knob {name!r} of {function.__module__} needs {what}')
+        found[name] = Knob(default, _type(type_), line, group, free)
+
     for name, parameter in inspect.signature(function).parameters.items():
-        default = parameter.default
-        if not dataclasses.is_dataclass(default):
-            found[name] = Knob(default, _type(hints[name]), lines[name], name)
-            continue
-        group_hints, group_lines = typing.get_type_hints(type(default)), _help(default.__doc__)
-        for field in dataclasses.fields(default):
-            found[field.name] = Knob(
-                getattr(default, field.name),
-                _type(group_hints[field.name]),
-                group_lines[field.name],
-                name,
-                field.name in getattr(default, 'FREE', ()),
-            )
+        group = parameter.default
+        if dataclasses.is_dataclass(group):
+            for field in dataclasses.fields(group):
+                free = field.name in getattr(group, 'FREE', ())
+                add(field.name, getattr(group, field.name), type(group), name, free)
+        else:
+            add(name, group, function, name)
     return found
 
 
@@ -278,9 +296,9 @@ def build(function: Callable[..., Experiment], values: Mapping[str, Any]) -> Exp
 def load(name: str, **values: Any) -> Experiment:
     """Returns the experiment called `name` with some knobs set, as `launch.py` builds it."""
     function = find(name)
-    unknown = values.keys() - knobs(function).keys()
-    if unknown:
-        raise UsageError(f'--{min(unknown)}: {name} has no such knob; see --help')
+    known = knobs(function)
+    if unknown := min(values.keys() - known.keys(), default=None):
+        raise UsageError(f'--{unknown}: {name} has no such knob; try --{_nearest(unknown, known)}')
     return build(function, values)
 
 
@@ -301,12 +319,17 @@ class Identity:
     free: tuple[str, ...]
 
     def folder(self) -> str:
-        """Returns a folder name that tells runs with different knobs apart."""
-        parts = (f'{k}={self.knobs[k]}' for k in self.changed)
-        name = re.sub(r'[^\w.=,+-]+', '_', '-'.join((self.experiment, *parts)))
-        if len(name) > 120:
-            # File systems end names at 255 bytes; the digest keeps long ones apart.
-            name = name[:100] + '-' + hashlib.sha256(name.encode()).hexdigest()[:12]
+        """Returns a folder name that tells runs with different knobs apart.
+
+        Free knobs are left out: other samples or evaluations are no other run. The number of steps
+        stays, or a short trial would be gone on with.
+        """
+        named = (k for k in self.changed if k == 'steps' or k not in self.free)
+        full = '-'.join((self.experiment, *(f'{k}={self.knobs[k]}' for k in named)))
+        name = re.sub(r'[^\w.=,+-]+', '_', full, flags=re.ASCII)[:100]
+        if name != full:
+            # Cut (file systems end names at 255 bytes) or replaced: the digest keeps them apart.
+            name += '-' + hashlib.sha256(full.encode()).hexdigest()[:8]
         return name
 
     def claim(self, workdir: Path) -> None:
@@ -319,15 +342,20 @@ class Identity:
         try:
             workdir.mkdir(parents=True, exist_ok=True)
             if not file.exists():
-                part = workdir / 'run.json.part'
+                # All processes of a run come here at once, on one file system.
+                part = workdir / f'run.json.{os.urandom(4).hex()}'
                 part.write_text(json.dumps(dataclasses.asdict(self), indent=1) + '\n', 'utf-8')
                 part.rename(file)
+            held = json.loads(file.read_text('utf-8'))
         except OSError as error:
             raise UsageError(
                 f'--workdir={workdir}: cannot be written ({error.strerror}); '
                 f'try a folder of your own, such as --workdir=/tmp/{self.experiment}'
             ) from error
-        held = json.loads(file.read_text('utf-8'))
+        except ValueError as error:
+            raise UsageError(
+                f'--workdir={workdir}: its run.json is damaged ({error}); name another folder'
+            ) from error
         if held['experiment'] != self.experiment:
             raise UsageError(
                 f'--workdir={workdir}: holds a run of {held["experiment"]}, not of '

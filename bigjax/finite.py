@@ -10,7 +10,7 @@ from bigjax.sharding import path_string
 
 
 def stop_if_not_finite(step: int, values: Mapping[str, np.ndarray], params: Any) -> None:
-    """Raises FloatingPointError naming step and first bad leaf, if loss or gradient is not finite."""
+    """Raises FloatingPointError, with step and first bad leaf, unless all is finite."""
     bad = [
         path_string(path)
         for (path, _), finite in zip(

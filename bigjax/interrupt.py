@@ -36,7 +36,7 @@ class Interrupt:
 def catch_interrupts() -> Iterator[Interrupt]:
     """Yields an `Interrupt` that the first Ctrl-C or SIGTERM sets; a second Ctrl-C kills.
 
-    With several processes SIGTERM is left to JAX's preemption service, and Ctrl-C is turned into it.
+    With several processes SIGTERM is left to JAX's preemption service, and Ctrl-C becomes one.
     """
     interrupt = Interrupt()
 

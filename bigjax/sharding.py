@@ -152,15 +152,22 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def check_batch(batch: int, accumulate: int, mesh: Mesh) -> None:
-    """Raises UsageError unless every device gets the same number of rows in every microbatch."""
+def check_batch(flag: str, batch: int, mesh: Mesh, *, accumulate: int = 1) -> None:
+    """Raises UsageError unless every device gets the same number of rows in every microbatch.
+
+    Args:
+      flag: name of the flag that gave the batch, for the message.
+      batch: rows over all devices.
+      mesh: devices.
+      accumulate: microbatches of a batch.
+    """
     shards = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
-    if batch < 1 or batch % (shards * accumulate):
-        works = max(1, round(batch / (shards * accumulate))) * shards * accumulate
+    parts = shards * accumulate
+    if batch < 1 or batch % parts:
+        times = f' times --accumulate={accumulate}' if accumulate > 1 else ''
         raise UsageError(
-            f'--batch={batch}: must be a positive multiple of {shards * accumulate}, the '
-            f'{shards} batch shards of the mesh times --accumulate={accumulate}; '
-            f'try --batch={works}'
+            f'--{flag}={batch}: must be a positive multiple of {parts}, the {shards} batch shards '
+            f'of the mesh{times}; try --{flag}={max(1, round(batch / parts)) * parts}'
         )
 
 

@@ -61,6 +61,7 @@ def setup(experiment: Experiment) -> Setup:
     """
     run = experiment.run
     mesh = sharding.make_mesh(run.mesh)
-    sharding.check_batch(run.batch, run.accumulate, mesh)
+    sharding.check_batch('batch', run.batch, mesh, accumulate=run.accumulate)
+    sharding.check_batch('eval_batch', run.eval_batch or run.batch, mesh)
     abstract = jax.eval_shape(make_init(experiment.task, experiment.optimizer, run.seed))
     return Setup(mesh, abstract, sharding.state_shardings(abstract, experiment.rules, mesh))

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
 from bigjax import losses
@@ -68,6 +69,16 @@ def _row_weight(batch: Batch, rows: int) -> jax.Array:
     return batch.get('weight', jnp.ones((rows,), jnp.float32))
 
 
+def standardize(mean_C: np.ndarray, std_C: np.ndarray) -> Callable[[jax.Array], jax.Array]:
+    """Returns `uint8 [B, H, W, C] -> float32`, each channel with the given statistics removed."""
+    shape = (1, 1, 1, -1)
+
+    def apply(image_BHWC: jax.Array) -> jax.Array:
+        return (image_BHWC.astype(jnp.float32) - mean_C.reshape(shape)) / std_C.reshape(shape)
+
+    return apply
+
+
 def classification(
     model: nn.Module,
     *,
@@ -78,6 +89,7 @@ def classification(
     unit: str,
     units_per_example: int = 1,
     label_smoothing: float = 0.0,
+    preprocess: Callable[[jax.Array], jax.Array] = lambda x: x,
 ) -> Task:
     """Returns the task of predicting `batch['label']` from `batch[inputs]`.
 
@@ -90,13 +102,15 @@ def classification(
       unit: what rates are counted in.
       units_per_example: how many units one example has.
       label_smoothing: probability mass spread over all classes in training.
+      preprocess: applied to the inputs on the device, before the model.
     """
 
     def init(key: jax.Array) -> dict[str, Any]:
-        return model.init(key, jnp.zeros((1, *example.shape), example.dtype), train=False)
+        inputs = preprocess(jnp.zeros((1, *example.shape), example.dtype))
+        return model.init(key, inputs, train=False)
 
     def loss(params, extra, batch, key, train):
-        logits_BC, extra = _apply(model, params, extra, batch[inputs], key, train)
+        logits_BC, extra = _apply(model, params, extra, preprocess(batch[inputs]), key, train)
         label_B = batch['label']
         weight_B = _row_weight(batch, label_B.shape[0])
         loss_B = losses.cross_entropy(

@@ -88,7 +88,8 @@ def train(experiment: Experiment, identity: Identity, workdir: Path) -> Outcome:
     identity.claim(workdir)
     description = describe.describe(experiment, identity, plan, workdir)
     if jax.process_index() == 0:
-        print(report.summary_table(description), file=sys.stderr, flush=True)
+        changed = {name: identity.knobs[name] for name in identity.changed}
+        print(report.summary_table({**description, 'knobs': changed}), file=sys.stderr, flush=True)
     checkpoints = Checkpoints(workdir, keep=run.keep)
     start = max(checkpoints.steps(), default=0)
     check_start(start, run)
@@ -182,7 +183,7 @@ def train(experiment: Experiment, identity: Identity, workdir: Path) -> Outcome:
                 with times('evaluation'):
                     scores = evaluator(state)
                 for name, score in scores.items():
-                    writer.evaluation(step, name, score)
+                    writer.evaluation(step, name, {k: v for k, v in score.items() if v.ndim == 0})
                 badness = evaluator.badness(scores)
                 better = progress['best'] is None or badness < progress['best']
                 progress = {

@@ -6,8 +6,9 @@ that every Python installation carries. Validation is the last tenth of the file
     python launch.py --experiment=gpt_stdlib
 """
 
-import jax.numpy as jnp
 from typing import Literal
+
+import jax.numpy as jnp
 
 from bigjax.data.text import open_language
 from bigjax.experiment import Data, Experiment, Run, Sample
@@ -29,7 +30,7 @@ def experiment(
     tokenizer: Literal['bytes', 'bpe'] = 'bytes',
     vocab: int = 4096,
     z_loss: float = 0.0,
-    run: Run = Run(steps=2000, batch=12, eval_every=500, save_every=500),
+    run: Run = Run(steps=2000, batch=12, eval_batch=96, eval_every=500, save_every=500),
     optim: Optim = Optim(peak_lr=1e-3, warmup=100, b2=0.99, weight_decay=0.1, clip=1.0),
     sample: Sample = Sample(prompt='def '),
 ) -> Experiment:
@@ -48,9 +49,7 @@ def experiment(
       vocab: tokens of the BPE
       z_loss: weight of the squared log-partition in the loss
     """
-    data = open_language(
-        dataset, seq=seq, data_dir=run.data_dir, tokenizer=tokenizer, vocab=vocab
-    )
+    data = open_language(dataset, seq=seq, data_dir=run.data_dir, tokenizer=tokenizer, vocab=vocab)
     vocab_size = data.tokenizer.vocab_size
     model = gpt.GPT(
         vocab_size=vocab_size,

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import tensorflow_datasets as tfds
 
+from bigjax.data.catalogues import Message, read_messages
+
 
 @dataclasses.dataclass(eq=False)
 class FilesConfig(tfds.core.BuilderConfig):
@@ -60,6 +62,43 @@ with tfds.core.registered.skip_registration():
         def _generate_examples(self, root: Path, paths: list[str]) -> Iterator:
             for number, path in enumerate(paths):
                 yield number, {'path': path, 'text': (root / path).read_bytes()}
+
+    class CatalogueLanguages(tfds.core.GeneratorBasedBuilder):
+        """Messages of an installed package, labelled with their language."""
+
+        VERSION = tfds.core.Version('1.0.0')
+        name = 'catalogue_languages'
+
+        def _info(self) -> tfds.core.DatasetInfo:
+            return self.dataset_info_from_configs(
+                description=(
+                    'Sentences from the gettext catalogues of an installed Python package (by '
+                    'default Django), labelled with their language. No text is in two languages '
+                    'or in two splits; all translations of a message are in the same split.'
+                ),
+                features=tfds.features.FeaturesDict(
+                    {
+                        'text': tfds.features.Text(doc='without placeholders and markup'),
+                        'language': tfds.features.Text(doc='gettext name, such as de or zh_Hans'),
+                        'message': tfds.features.Text(doc='as it stands in the catalogue'),
+                        'msgid': tfds.features.Text(doc='the English it translates'),
+                    }
+                ),
+                supervised_keys=('text', 'language'),
+                homepage='https://www.djangoproject.com/',
+                citation='Django Software Foundation and contributors. Django.',
+                license='BSD-3-Clause (Django); else that of the package',
+                disable_shuffling=True,
+            )
+
+        def _split_generators(self, dl_manager):
+            del dl_manager
+            splits = read_messages(self.builder_config.root)
+            return {split: self._generate_examples(rows) for split, rows in splits.items()}
+
+        def _generate_examples(self, rows: list[Message]) -> Iterator:
+            for number, row in enumerate(rows):
+                yield number, row._asdict()
 
 
 def build(builder: tfds.core.DatasetBuilder) -> tfds.core.DatasetBuilder:

@@ -6,7 +6,7 @@ import html
 import os
 import re
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -50,17 +50,23 @@ def read_messages(root: str) -> dict[str, list[Message]]:
     by_language: dict[str, dict[str, Message]] = collections.defaultdict(dict)
     for message in all_messages(root):
         by_language[message.language].setdefault(message.text.casefold(), message)
-    seen_in = collections.Counter(text for texts in by_language.values() for text in texts)
+    bases = {name: texts for name, texts in by_language.items() if not is_variant(name, by_language)}
+    seen_in = collections.Counter(text for texts in bases.values() for text in texts)
     splits: dict[str, list[Message]] = {'train': [], 'test': []}
-    for language in sorted(by_language):
-        base = language.split('_')[0]
-        own = {text: m for text, m in by_language[language].items() if seen_in[text] == 1}
-        if (base != language and base in by_language) or len(own) < MESSAGES_NEEDED:
+    for language in sorted(bases):
+        own = {text: m for text, m in bases[language].items() if seen_in[text] == 1}
+        if len(own) < MESSAGES_NEEDED:
             continue
         for text in sorted(own):
             digest = hashlib.sha256(clean(own[text].msgid).casefold().encode()).digest()
             splits['test' if digest[0] < 26 else 'train'].append(own[text])
     return splits
+
+
+def is_variant(language: str, languages: Iterable[str]) -> bool:
+    """Returns whether `language` is, like 'es_MX', a form of another one there."""
+    base = language.split('_')[0]
+    return base != language and base in languages
 
 
 def all_messages(root: str) -> Iterator[Message]:

@@ -183,24 +183,17 @@ def tfds_corpus(name: str, *, data_dir: str) -> Corpus:
     Raises:
         UsageError: the set is not there, or has no text.
     """
-    from bigjax.data.prepared_tfds import open_builder, text_feature
+    from bigjax.data import prepared_tfds
 
-    builder = open_builder(name, data_dir=data_dir)
-    feature = text_feature(builder, f'--dataset=tfds:{name}')
-    held_out = next((s for s in ('validation', 'test') if s in builder.info.splits), None)
-    train = 'train' if held_out else 'train[:90%]'
-    chosen = {'train': train, 'validation': held_out or 'train[90%:]'}
+    builder = prepared_tfds.open_builder(name, data_dir=data_dir)
+    feature = prepared_tfds.text_feature(builder, f'--dataset=tfds:{name}')
+    held_out = ('validation', 'test')
+    chosen = prepared_tfds.chosen_splits(builder, held_out=held_out, percent=10)
 
     def documents(split: str) -> Iterator[tuple[str, bytes]]:
-        for number, example in enumerate(builder.as_data_source(split=chosen[split])):
+        source = builder.as_data_source(split=chosen[SPLITS.index(split)])
+        for number, example in enumerate(source):
             yield f'{builder.data_path} record {number}', example[feature] + SEPARATOR
 
-    card = Card(
-        name=f'tfds:{name}',
-        description=' '.join(builder.info.description.split())[:200],
-        license=builder.info.redistribution_info.license or 'not stated',
-        citation=builder.info.citation,
-        path=str(builder.data_path),
-        unit='tokens',
-    )
+    card = dataclasses.replace(prepared_tfds.tfds_card(builder, name), unit='tokens')
     return Corpus('tfds-' + builder.info.full_name.replace('/', '-'), card, documents)

@@ -1,6 +1,6 @@
 """Image classification: digits, the MNIST family's files, folders of images, TFDS sets.
 
-Images stay uint8 up to the device (a quarter of the bytes to gather, hash and send); the model's
+Images stay uint8 up to the device (a quarter of the bytes to gather and to send); the model's
 input is `(image - mean) / std` in float32, with `mean` and `std` of the training set.
 """
 

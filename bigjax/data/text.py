@@ -2,13 +2,14 @@
 
 import dataclasses
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
 from bigjax.data.card import Card, MappedArray, prepared
 from bigjax.data.corpora import SPLITS, Corpus, open_corpus
-from bigjax.data.tokenizers import BpeTokenizer, ByteTokenizer, Tokenizer, train_bpe
+from bigjax.data.tokenizers import Tokenizer, read_tokenizer, tokenizer_name, train_bpe
 from bigjax.experiment import UsageError
 
 
@@ -69,17 +70,11 @@ def open_language(
     Raises:
         UsageError: unknown source or tokenizer, nothing there, text too short, not UTF-8 for BPE.
     """
-    if tokenizer not in ('bytes', 'bpe'):
-        raise UsageError(f'--tokenizer={tokenizer}: must be bytes or bpe; try --tokenizer=bytes')
-    if tokenizer == 'bpe' and vocab < 256:
-        raise UsageError(
-            f'--vocab={vocab}: a byte-level BPE has at least the 256 bytes; try --vocab=4096'
-        )
+    name = tokenizer_name(tokenizer, vocab)
     if seq < 1:
         raise UsageError(f'--seq={seq}: must be at least 1; try --seq=64')
     data_dir = os.path.expanduser(data_dir)
     corpus = open_corpus(dataset, data_dir=data_dir)
-    name = tokenizer if tokenizer == 'bytes' else f'bpe{vocab}'
     folder = prepared(
         data_dir,
         f'tokens/{corpus.key}-{name}',
@@ -101,11 +96,6 @@ def open_language(
     )
 
 
-def read_tokenizer(folder: Path, name: str) -> ByteTokenizer | BpeTokenizer:
-    """Returns the tokenizer that wrote `folder`."""
-    return ByteTokenizer() if name == 'bytes' else BpeTokenizer(folder / 'tokenizer.json')
-
-
 def write_tokens(folder: Path, corpus: Corpus, name: str, vocab: int) -> None:
     """Writes the tokens of each split, and the tokenizer if it was trained, into `folder`."""
     if name != 'bytes':
@@ -113,19 +103,24 @@ def write_tokens(folder: Path, corpus: Corpus, name: str, vocab: int) -> None:
         train_bpe(texts, vocab=vocab, path=folder / 'tokenizer.json')
     tokenizer = read_tokenizer(folder, name)
     for split in SPLITS:
-        tokens = tokenizer.encode_documents(documents(corpus, split, utf8=name != 'bytes'))
-        np.save(folder / f'{split}.npy', tokens)
+        texts = documents(corpus, split, utf8=name != 'bytes')
+        np.save(folder / f'{split}.npy', np.concatenate([*tokenizer.encode_documents(texts)]))
 
 
-def documents(corpus: Corpus, split: str, *, utf8: bool):
+def documents(corpus: Corpus, split: str, *, utf8: bool) -> Iterator[bytes]:
     """Yields the documents of a split; with `utf8`, refuses those that are not."""
     for place, text in corpus.documents(split):
         if utf8:
-            try:
-                text.decode()
-            except UnicodeDecodeError as error:
-                raise UsageError(
-                    f'--tokenizer=bpe: {place} is not UTF-8 at byte {error.start}; convert it, '
-                    'or try --tokenizer=bytes'
-                ) from error
+            check_utf8(text, place)
         yield text
+
+
+def check_utf8(text: bytes, place: str) -> None:
+    """Raises UsageError where a text that BPE is to read is not UTF-8."""
+    try:
+        text.decode()
+    except UnicodeDecodeError as error:
+        raise UsageError(
+            f'--tokenizer=bpe: {place} is not UTF-8 at byte {error.start}; convert it, or try '
+            '--tokenizer=bytes'
+        ) from error

@@ -1,10 +1,16 @@
 """Tokenizers: bytes, and byte-level BPE trained on the corpus at hand. Both are lossless."""
 
-from collections.abc import Iterable, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
+
+from bigjax.experiment import UsageError
+
+# Documents that HF `tokenizers` encodes in one call, on all cores.
+DOCUMENTS_AT_ONCE = 64
 
 
 class Tokenizer(Protocol):
@@ -41,9 +47,9 @@ class ByteTokenizer:
         tokens = np.asarray(tokens)
         return tokens[tokens >= 0].astype(np.uint8).tobytes().decode(errors='replace')
 
-    def encode_documents(self, documents: Iterable[bytes]) -> np.ndarray:
-        """Returns the tokens of all documents, one after the other, uint8 [n]."""
-        return np.frombuffer(b''.join(documents), np.uint8)
+    def encode_documents(self, documents: Iterable[bytes]) -> Iterator[np.ndarray]:
+        """Yields the tokens of each document, uint8 [n]."""
+        return (np.frombuffer(document, np.uint8) for document in documents)
 
 
 class BpeTokenizer:
@@ -69,13 +75,13 @@ class BpeTokenizer:
         pieces = (self.pieces[token] for token in np.asarray(tokens).tolist() if token >= 0)
         return b''.join(pieces).decode(errors='replace')
 
-    def encode_documents(self, documents: Iterable[bytes]) -> np.ndarray:
-        """Returns the tokens of all documents, one after the other, uint16 or uint32 [n]."""
+    def encode_documents(self, documents: Iterable[bytes]) -> Iterator[np.ndarray]:
+        """Yields the tokens of each document, uint16 or uint32 [n]."""
         dtype = np.uint16 if self.vocab_size <= 2**16 else np.uint32
-        parts = [np.zeros(0, dtype)]
-        for document in documents:
-            parts.append(np.array(self.model.encode(document.decode()).ids, dtype))
-        return np.concatenate(parts)
+        for part in itertools.batched(documents, DOCUMENTS_AT_ONCE):
+            texts = [document.decode() for document in part]
+            for encoding in self.model.encode_batch_fast(texts):
+                yield np.array(encoding.ids, dtype)
 
 
 def byte_letters() -> list[str]:
@@ -103,3 +109,25 @@ def train_bpe(documents: Iterable[str], *, vocab: int, path: Path) -> None:
     )
     model.train_from_iterator(documents, trainer)
     model.save(str(path))
+
+
+def tokenizer_name(tokenizer: str, vocab: int) -> str:
+    """Returns the name of a kind of tokenizer and its size: 'bytes', 'bpe4096'.
+
+    Raises:
+        UsageError: no such tokenizer, or a vocabulary that cannot be.
+    """
+    if tokenizer == 'bytes':
+        return tokenizer
+    if tokenizer != 'bpe':
+        raise UsageError(f'--tokenizer={tokenizer}: must be bytes or bpe; try --tokenizer=bytes')
+    if vocab < 256:
+        raise UsageError(
+            f'--vocab={vocab}: a byte-level BPE has at least the 256 bytes; try --vocab=4096'
+        )
+    return f'bpe{vocab}'
+
+
+def read_tokenizer(folder: Path, name: str) -> ByteTokenizer | BpeTokenizer:
+    """Returns the tokenizer called `name` whose file, if it has one, is in `folder`."""
+    return ByteTokenizer() if name == 'bytes' else BpeTokenizer(folder / 'tokenizer.json')

@@ -1,6 +1,11 @@
 """Checkpoints: a thin layer over orbax v1, asynchronous, strict, restored onto any mesh."""
 
-from collections.abc import Mapping
+import contextlib
+import math
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -54,9 +59,8 @@ class Checkpoints:
             ]
         )
         self.directory = workdir / 'checkpoints'
-        self._checkpointer = ocp.training.Checkpointer(
-            self.directory, preservation_policy=policy, cleanup_tmp_directories=True
-        )
+        self._writing: int | None = None
+        self._checkpointer = ocp.training.Checkpointer(self.directory, preservation_policy=policy)
 
     def steps(self) -> list[int]:
         """Returns the steps of all complete checkpoints, ascending."""
@@ -93,23 +97,34 @@ class Checkpoints:
     ) -> None:
         """Starts writing `state`.
 
+        Blocks while the save before this one is in progress.
+
         Args:
           step: the step the state has reached; nothing happens if it is already saved.
           state: pytree of arrays that all processes own together.
           progress: what the loop must remember, as JSON.
-          badness: what the best checkpoint has least of; None where nothing was evaluated.
+          badness: what the best checkpoint has least of; None where nothing was evaluated. One
+            that is not a number is never the best.
 
         Raises:
-          OSError: the save before this one failed.
+          OSError: this save or the one before failed; the message names the last good checkpoint.
         """
+        if self._writing is None and jax.process_index() == 0:
+            # Not done on opening: another process may evaluate a run while this one saves it.
+            for torn in self.directory.glob('*.orbax-checkpoint-tmp'):
+                shutil.rmtree(torn, ignore_errors=True)
+        self.wait()
         if step not in self.steps():
-            self._checkpointer.save_checkpointables_async(
-                step,
-                {'state': state},
-                force=True,
-                metrics=None if badness is None else {'badness': badness},
-                custom_metadata=progress,
-            )
+            scored = badness is not None and not math.isnan(badness)
+            self._writing = step
+            with self._explained():
+                self._checkpointer.save_checkpointables_async(
+                    step,
+                    {'state': state},
+                    force=True,
+                    metrics={'badness': badness} if scored else None,
+                    custom_metadata=progress,
+                )
 
     def restore(self, step: int, abstract: Any, shardings: Any) -> tuple[Any, dict[str, Any]]:
         """Returns the state saved at `step`, placed by `shardings`, and the loop's progress.
@@ -132,9 +147,33 @@ class Checkpoints:
         return loaded['state'], dict(metadata.custom_metadata or {})
 
     def wait(self) -> None:
-        """Blocks until the save in progress is complete, raising if it failed."""
-        self._checkpointer.wait()
+        """Blocks until the save in progress is complete; raises OSError if it failed."""
+        with self._explained():
+            self._checkpointer.wait()
 
     def close(self) -> None:
-        """Waits for the save in progress and frees the writer's threads."""
-        self._checkpointer.close()
+        """Waits for the save in progress and frees the writer's threads; raises as `wait` does."""
+        with self._explained():
+            self._checkpointer.close()
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Says what is lost and what is left where a save fails.
+
+        A full disk is an OSError or a ValueError, by which of orbax's layers met it first.
+        """
+        try:
+            yield
+        except (OSError, ValueError, RuntimeError) as error:
+            number = re.search(r"os_error_code='(\d+)'", str(error))
+            cause = os.strerror(int(number[1])) if number else str(error)
+            good = max(self.steps(), default=None)
+            raise OSError(
+                f'--workdir={self.directory.parent}: checkpoint {self._writing} could not be '
+                f'written to {self.directory} ({cause}); '
+                + (
+                    'there is no earlier one'
+                    if good is None
+                    else f'the last good one is {good}, from which the same command goes on'
+                )
+            ) from error

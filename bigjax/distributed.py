@@ -13,12 +13,15 @@ def announced(environ: Mapping[str, str]) -> bool:
     Known are SLURM, Open MPI, Cloud TPU pods, multi-slice TPU (also in a Kubernetes JobSet), and
     JAX's own variables.
     """
-    counts = ('SLURM_NTASKS', 'OMPI_COMM_WORLD_SIZE', 'JAX_NUM_PROCESSES', 'MEGASCALE_NUM_SLICES')
-    hosts = environ.get('TPU_WORKER_HOSTNAMES', '')
-    # A shell inside a SLURM allocation has SLURM_NTASKS too; only srun's children have a rank.
-    shell = 'SLURM_NTASKS' in environ and 'SLURM_PROCID' not in environ
+    counts = (
+        'SLURM_STEP_NUM_TASKS',  # What srun starts. A batch script has SLURM_NTASKS, too.
+        'OMPI_COMM_WORLD_SIZE',
+        'JAX_NUM_PROCESSES',
+        'MEGASCALE_NUM_SLICES',
+    )
+    hosts = (environ.get(name, '') for name in ('TPU_WORKER_HOSTNAMES', 'TPU_PROCESS_ADDRESSES'))
     several = any(environ.get(name, '1') not in ('', '0', '1') for name in counts)
-    return not shell and (several or ',' in hosts)
+    return several or any(',' in names for names in hosts)
 
 
 def join(
@@ -52,13 +55,17 @@ def join(
             '--coordinator, --processes and --process_id: must be given together; try '
             '--coordinator=localhost:9876 --processes=2 --process_id=0'
         )
+    if processes < 1:
+        raise UsageError(f'--processes={processes}: must be at least 1; try --processes=2')
     if not 0 <= process_id < processes:
         raise UsageError(
             f'--process_id={process_id}: must be from 0 to {processes - 1}, below '
             f'--processes={processes}; try --process_id=0'
         )
-    if not coordinator.rpartition(':')[2].isdigit():
+    host, _, port = coordinator.rpartition(':')
+    if not (host and port.isdigit()):
+        good = f'{(host or port).strip(":") or "localhost"}:9876'
         raise UsageError(
-            f'--coordinator={coordinator}: must be HOST:PORT; try --coordinator={coordinator}:9876'
+            f'--coordinator={coordinator}: must be HOST:PORT; try --coordinator={good}'
         )
     jax.distributed.initialize(coordinator, processes, process_id)

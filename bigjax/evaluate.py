@@ -65,8 +65,7 @@ class Evaluator:
             return experiment.task.loss(params, extra, batch, jax.random.key(0), False)[1][1]
 
         self._eval_step = jax.jit(eval_step, out_shardings=sharding.replicated(plan.mesh))
-        name, _, self._metric = experiment.run.monitor.partition('/')
-        self._set = name
+        self._set, _, self._metric = experiment.run.monitor.rpartition('/')
         known = self._metrics(eval_step, plan)
         if experiment.run.monitor not in known:
             raise UsageError(

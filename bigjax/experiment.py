@@ -82,7 +82,8 @@ class Run:
     def __post_init__(self) -> None:
         for name, least in {'steps': 1, 'batch': 1, 'seed': 0, 'eval_batch': 0, 'eval_every': 0,
                             'save_every': 0, 'log_every': 1, 'keep': 1, 'patience': 0,
-                            'accumulate': 1, 'steps_per_call': 1, 'workers': 0}.items():  # fmt: skip
+                            'accumulate': 1, 'steps_per_call': 1,
+                            'workers': 0}.items():  # fmt: skip
             if getattr(self, name) < least:
                 raise UsageError(
                     f'--{name}={getattr(self, name)}: must be at least {least}; '
@@ -96,10 +97,12 @@ class Run:
                     f'--steps_per_call={self.steps_per_call}; '
                     f'try --{name}={near * self.steps_per_call}'
                 )
-        if self.profile_steps and not re.fullmatch(r'\d+:\d+', self.profile_steps):
+        first, _, last = self.profile_steps.partition(':')
+        digits = first.isdecimal() and last.isdecimal()
+        if self.profile_steps and not (digits and int(first) < int(last)):
             raise UsageError(
-                f'--profile_steps={self.profile_steps}: must be FIRST:LAST; '
-                f'try --profile_steps=10:13'
+                f'--profile_steps={self.profile_steps}: must be FIRST:LAST, the first below the '
+                f'last; try --profile_steps=10:13'
             )
 
 

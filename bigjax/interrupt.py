@@ -52,4 +52,4 @@ def catch_interrupts() -> Iterator[Interrupt]:
         yield interrupt
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            signal.signal(number, handler or signal.SIG_DFL)  # None: a handler not of Python's.

@@ -6,7 +6,7 @@ file maps those names to mesh axes and turns a whole train state into shardings.
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -29,15 +29,17 @@ LOGICAL_TO_MESH = {
 Rule = tuple[str, tuple[str | None, ...] | str]
 
 
-def parse_mesh(text: str, devices: int) -> dict[str, int]:
+def parse_mesh(text: str, devices: int, processes: int = 1) -> dict[str, int]:
     """Returns the size of every axis in `AXES` for `text` such as `'data=2,fsdp=-1'`.
 
     Args:
       text: comma-separated `axis=size`; one size may be -1 (what is left); absent axes are 1.
       devices: number of devices the sizes must multiply to.
+      processes: number of processes, each of which reads batch rows of its own.
 
     Raises:
-      UsageError: an unknown or repeated axis, or sizes that do not multiply to `devices`.
+      UsageError: an unknown or repeated axis, sizes that do not multiply to `devices`, or fewer
+        batch shards than processes.
     """
     sizes: dict[str, int] = {}
     for part in filter(None, text.split(',')):
@@ -48,17 +50,24 @@ def parse_mesh(text: str, devices: int) -> dict[str, int]:
                 f'positive size or -1; try --mesh=data=-1'
             )
         if axis in sizes:
-            raise UsageError(f'--mesh={text}: axis {axis!r} is given twice; name each axis once')
+            raise UsageError(f'--mesh={text}: axis {axis!r} is given twice; try --mesh=data=-1')
         sizes[axis] = int(size)
     known = math.prod(size for size in sizes.values() if size != -1)
     free = [axis for axis, size in sizes.items() if size == -1]
     if len(free) > 1:
         raise UsageError(f'--mesh={text}: only one axis may be -1; try --mesh=data=-1')
-    if free and devices % known == 0:
-        sizes[free[0]] = devices // known
-    elif known != devices or free:
+    if devices % known if free else devices != known:
         raise UsageError(
-            f'--mesh={text}: the sizes multiply to {known}, but there are {devices} devices; '
+            f'--mesh={text}: the sizes multiply to {known}, which '
+            f'{"does not divide" if free else "is not"} the number of devices, {devices}; '
+            f'try --mesh=data=-1'
+        )
+    sizes |= dict.fromkeys(free, devices // known)
+    shards = math.prod(sizes.get(axis, 1) for axis in BATCH_AXES)
+    if shards % processes:
+        raise UsageError(
+            f'--mesh={text}: {" * ".join(BATCH_AXES)} is {shards}, which is not a multiple of the '
+            f'{processes} processes, each of which reads batch rows of its own; '
             f'try --mesh=data=-1'
         )
     return {axis: sizes.get(axis, 1) for axis in AXES}
@@ -69,8 +78,12 @@ def make_mesh(text: str) -> Mesh:
 
     Axis types are Auto: Linen layers take no output shardings, so the compiler propagates them.
     """
-    sizes = parse_mesh(text, jax.device_count())
+    sizes = parse_mesh(text, jax.device_count(), jax.process_count())
     return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _mesh_text(sizes: Mapping[str, int]) -> str:
+    return ','.join(f'{axis}={size}' for axis, size in sizes.items() if size != 1)
 
 
 def path_string(path: tuple[Any, ...]) -> str:
@@ -97,15 +110,20 @@ def spec_for(path: str, shape: tuple[int, ...], rules: Sequence[Rule], mesh: Mes
     Raises:
       UsageError: no rule matches, a rule has the wrong rank, or a dimension does not divide.
     """
-    for pattern, axes in rules:
-        if re.search(pattern, path):
-            break
-    else:
+    rule = next((rule for rule in rules if re.search(rule[0], path)), None)
+    if rule is None:
         raise UsageError(
             f'parameter {path!r} matches no sharding rule; add (r"{path}", …) to the RULES of its '
             f"model, or end them with ('.*', 'largest')"
         )
-    names = _largest(shape, mesh.shape['fsdp']) if isinstance(axes, str) else axes
+    pattern, axes = rule
+    names = _largest(shape, mesh.shape['fsdp']) if axes == 'largest' else axes
+    known = (None, *LOGICAL_TO_MESH)
+    if isinstance(names, str) or not all(name in known for name in names):
+        raise UsageError(
+            f'sharding rule {pattern!r} gives {axes!r}; it must be a tuple of '
+            f"{', '.join(LOGICAL_TO_MESH)} and None, or 'largest'"
+        )
     if len(names) != len(shape):
         raise UsageError(
             f'sharding rule {pattern!r} names {len(names)} dimensions, but parameter {path!r} has '
@@ -114,10 +132,10 @@ def spec_for(path: str, shape: tuple[int, ...], rules: Sequence[Rule], mesh: Mes
     spec = tuple(name and LOGICAL_TO_MESH[name] for name in names)
     for size, name, axis in zip(shape, names, spec, strict=True):
         if axis and size % mesh.shape[axis]:
-            fits = max(n for n in range(1, mesh.shape[axis]) if size % n == 0)
+            good = {**mesh.shape, axis: math.gcd(size, mesh.shape[axis]), 'data': -1}
             raise UsageError(
-                f'--mesh: {axis}={mesh.shape[axis]} does not divide the {size} {name} of parameter '
-                f'{path!r}; try {axis}={fits}'
+                f'--mesh={_mesh_text(mesh.shape)}: {axis}={mesh.shape[axis]} does not divide the '
+                f'{size} {name} of parameter {path!r}; try --mesh={_mesh_text(good)}'
             )
     return PartitionSpec(*spec)
 

@@ -73,7 +73,7 @@ def experiment(
         schedule=schedule,
         nonfinite=optim.nonfinite,
         data=Data(train=data.train, evals={'test': data.test}, card=data.card),
-        augment=augment.images(flip=flip, shift=shift),
+        augment=augment.chain(*(augment.flip,) * flip, *(augment.Shift(shift),) * (shift > 0)),
         rules=cnn.RULES,
         run=run,
     )

@@ -67,7 +67,7 @@ def experiment(
         schedule=schedule,
         nonfinite=optim.nonfinite,
         data=Data(train=data.train, evals={'test': data.test}, card=data.card),
-        augment=augment.images(flip=flip, shift=shift),
+        augment=augment.chain(*(augment.flip,) * flip, *(augment.Shift(shift),) * (shift > 0)),
         rules=resnet.RULES,
         run=run,
     )

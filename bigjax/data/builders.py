@@ -10,6 +10,7 @@ import io
 from collections.abc import Iterator
 from pathlib import Path
 
+import absl.logging
 import tensorflow_datasets as tfds
 
 from bigjax.data.catalogues import Message, read_messages
@@ -101,9 +102,17 @@ with tfds.core.registered.skip_registration():
                 yield number, row._asdict()
 
 
-def build(builder: tfds.core.DatasetBuilder) -> tfds.core.DatasetBuilder:
-    """Prepares `builder`'s data as ArrayRecord, in silence, and returns it."""
-    # TFDS prints to stdout, which belongs to what the user asked for.
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        builder.download_and_prepare(file_format='array_record')
-    return builder
+def build(
+    builder: type[tfds.core.GeneratorBasedBuilder], config: FilesConfig, *, data_dir: str
+) -> tfds.core.DatasetBuilder:
+    """Returns a builder whose data is prepared under `data_dir` as ArrayRecord, in silence."""
+    verbosity = absl.logging.get_verbosity()
+    # TFDS prints to stdout, which belongs to what the user asked for, and logs the whole config.
+    absl.logging.set_verbosity(absl.logging.ERROR)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            made = builder(data_dir=data_dir, config=config)
+            made.download_and_prepare(file_format='array_record')
+    finally:
+        absl.logging.set_verbosity(verbosity)
+    return made

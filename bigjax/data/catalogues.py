@@ -20,7 +20,9 @@ PLACEHOLDERS = re.compile(
     r'|\{[^{}]*\}'  # {name}
     r'|<[^<>]*>'  # markup
 )
-IDEOGRAPHIC = re.compile('[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]')
+IDEOGRAPHIC = re.compile(
+    '[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]'
+)
 
 
 class Message(NamedTuple):
@@ -50,7 +52,9 @@ def read_messages(root: str) -> dict[str, list[Message]]:
     by_language: dict[str, dict[str, Message]] = collections.defaultdict(dict)
     for message in all_messages(root):
         by_language[message.language].setdefault(message.text.casefold(), message)
-    bases = {name: texts for name, texts in by_language.items() if not is_variant(name, by_language)}
+    bases = {
+        name: texts for name, texts in by_language.items() if not is_variant(name, by_language)
+    }
     seen_in = collections.Counter(text for texts in bases.values() for text in texts)
     splits: dict[str, list[Message]] = {'train': [], 'test': []}
     for language in sorted(bases):

@@ -70,8 +70,8 @@ def stdlib_corpus(*, data_dir: str) -> Corpus:
         from bigjax.data import builders
 
         config = builders.FilesConfig(name=key, root=root, splits=splits)
-        builder = builders.StdlibText(data_dir=data_dir, config=config)
-        for example in builders.build(builder).as_data_source(split=split):
+        builder = builders.build(builders.StdlibText, config, data_dir=data_dir)
+        for example in builder.as_data_source(split=split):
             yield example['path'].decode(), example['text']
 
     card = Card(

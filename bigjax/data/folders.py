@@ -198,7 +198,9 @@ def decoded_once(records: dict[str, Records], *, data_dir: str, name: str) -> di
                 for column, rows in part.take(indices).items():
                     if column not in columns:
                         columns[column] = np.lib.format.open_memmap(
-                            made / f'{split}-{column}.npy', 'w+', rows.dtype,
+                            made / f'{split}-{column}.npy',
+                            'w+',
+                            rows.dtype,
                             (len(part), *rows.shape[1:]),
                         )
                     columns[column][indices] = rows

@@ -1,8 +1,6 @@
 """TFDS sets, read from the ArrayRecord files under the data folder, without TensorFlow."""
 
-import contextlib
 import dataclasses
-import io
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -16,10 +14,12 @@ HELD_OUT = ('test', 'validation')
 
 
 def open_builder(name: str, *, data_dir: str) -> tfds.core.DatasetBuilder:
-    """Returns a TFDS set that is prepared under `data_dir`, preparing it if that can be done.
+    """Returns a TFDS set that is prepared under `data_dir`.
+
+    Nothing is fetched: a training run, on however many hosts, should not start by downloading.
 
     Raises:
-        UsageError: TFDS has no such set, or it is not there and cannot be fetched.
+        UsageError: TFDS has no such set, or it is not there as ArrayRecord.
     """
     flag = f'--dataset=tfds:{name}'
     try:
@@ -29,23 +29,21 @@ def open_builder(name: str, *, data_dir: str) -> tfds.core.DatasetBuilder:
             f'{flag}: TFDS has no set of this name and none is prepared under '
             f'--data_dir={data_dir}; its sets are listed on tensorflow.org/datasets/catalog'
         ) from error
+    command = (
+        f"python -c \"import tensorflow_datasets as tfds; tfds.builder('{name}', "
+        "data_dir='DIR', file_format='array_record').download_and_prepare()\""
+    )
+    folder = name.split('/')[0].split(':')[0]
     if not builder.info.splits:
-        try:
-            # TFDS prints to stdout, which belongs to what the user asked for.
-            with contextlib.redirect_stdout(io.StringIO()):
-                builder.download_and_prepare(file_format='array_record')
-        except Exception as error:  # the network's, the disk's, and those of every set's own code
-            raise UsageError(
-                f'{flag}: not prepared under --data_dir={data_dir}, and fetching it failed '
-                f'({type(error).__name__}); on a machine with network run\n'
-                f'  tfds build {name} --file_format=array_record --data_dir=DIR\n'
-                f'and copy DIR/{name.split("/")[0].split(":")[0]} into {data_dir}'
-            ) from error
+        raise UsageError(
+            f'{flag}: not prepared under --data_dir={data_dir}; on a machine with a network run\n'
+            f'  {command}\nand copy DIR/{folder} to {data_dir}/{folder}'
+        )
     if builder.info.file_format != tfds.core.file_adapters.FileFormat.ARRAY_RECORD:
         raise UsageError(
             f'{flag}: prepared as {builder.info.file_format.value} in {builder.data_path}, which '
-            f'cannot be read by index; run\n  tfds build {name} --file_format=array_record '
-            '--data_dir=DIR\nand name that folder by --data_dir'
+            f'cannot be read by index; prepare it in a folder of its own with\n  {command}\n'
+            'and name that folder by --data_dir'
         )
     return builder
 
@@ -122,7 +120,9 @@ class TfdsImages:
             from PIL import Image, ImageOps
 
             grey = image.shape[-1] == 1
-            fitted = ImageOps.fit(Image.fromarray(image[..., 0] if grey else image), (self.size,) * 2)
+            fitted = ImageOps.fit(
+                Image.fromarray(image[..., 0] if grey else image), (self.size,) * 2
+            )
             image = np.asarray(fitted).reshape(self.size, self.size, -1)
         return image, int(example[self.label])
 
@@ -152,4 +152,3 @@ def open_tfds_images(name: str, *, data_dir: str, image_size: int) -> ImageData:
     card = dataclasses.replace(tfds_card(builder, name), sizes=sizes)
     names = tuple(builder.info.features[label].names)
     return ImageData(records['train'], records['test'], names, shape, card)
-

@@ -76,7 +76,8 @@ class Attention(nn.Module):
         options = {'use_bias': self.bias, 'dtype': self.dtype}
         init = nn.initializers.normal(0.02)
         qkv = Dense((H, 3, C // H), kernel_init=init, name='qkv', **options)(x_BTC)
-        q_BTHD, k_BTHD, v_BTHD = (qkv[:, :, :, i] for i in range(3))
+        # Not qkv[:, :, :, i], whose gradient is a sum of zero-padded arrays; this one's is a join.
+        q_BTHD, k_BTHD, v_BTHD = (x.squeeze(3) for x in jnp.split(qkv, 3, axis=3))
         kv = None
         if cache is None:
             o_BTHD = attention(q_BTHD, k_BTHD, v_BTHD, causal=True, impl=self.impl)
@@ -208,10 +209,10 @@ class GPT(nn.Module):
         Raises:
           ValueError: more positions than `context_length`.
         """
-        T = tokens_BT.shape[1]
-        if T > self.context_length:
-            raise ValueError(f'{T} positions: the model sees {self.context_length}')
-        x_BTC = self._embed(tokens_BT) + self.position[None, :T].astype(self.dtype)
+        length = tokens_BT.shape[1]
+        if length > self.context_length:
+            raise ValueError(f'{length} positions: the model sees {self.context_length}')
+        x_BTC = self._embed(tokens_BT) + self.position[None, :length].astype(self.dtype)
         x_BTC = self.drop(x_BTC, deterministic=not train)
         for block in self.block:
             x_BTC, _ = block(x_BTC, train=train)

@@ -9,6 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from bigjax.nn.linear import Dense
 from bigjax.nn.recurrent import LSTM
 
 RULES = (
@@ -34,7 +35,7 @@ class LSTMClassifier(nn.Module):
         direction: 'forward' or 'both'.
         pool: 'last' (the state after each direction's last valid step), 'mean' or 'max' over the
             valid steps.
-        dropout: rate on the embedding, between layers and before the dense layer.
+        dropout: rate between layers and before the dense layer.
         dtype: compute type; parameters are float32.
     """
 
@@ -60,9 +61,9 @@ class LSTMClassifier(nn.Module):
         # Turning the small integer array over spares every layer two transposes.
         tokens_TB = jnp.asarray(tokens_BT).T
         mask_TB = tokens_TB >= 0
-        embed = nn.Embed(self.vocab, self.embed, dtype=self.dtype, name='embed')
+        embed = nn.Embed(self.vocab, self.embed, name='embed')
         drop = nn.Dropout(self.dropout, deterministic=not train)
-        y_TBK = drop(embed(jnp.maximum(tokens_TB, 0)))
+        y_TBK, rows_TB = embed.embedding, jnp.maximum(tokens_TB, 0)
         for n in range(self.layers):
             lstm = LSTM(
                 self.features,
@@ -71,10 +72,11 @@ class LSTMClassifier(nn.Module):
                 dtype=self.dtype,
                 name=f'lstm_{n}',
             )
-            y_TBK, state = lstm(y_TBK, mask_BT=mask_TB)
+            y_TBK, state = lstm(y_TBK, tokens_BT=rows_TB, mask_BT=mask_TB)
+            rows_TB = None
             y_TBK = drop(y_TBK) if n + 1 < self.layers else y_TBK
         pooled_BK = drop(_pool(self.pool, y_TBK, state.h, mask_TB))
-        head = nn.Dense(self.classes, dtype=self.dtype, name='head')
+        head = Dense(self.classes, dtype=self.dtype, name='head')
         return head(pooled_BK).astype(jnp.float32)
 
 

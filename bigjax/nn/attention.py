@@ -1,7 +1,7 @@
 """Attention: the one place it is called from, and the choice of implementation.
 
 Legend: B batch, T queries, S keys and values, H query heads, K key-value heads (K divides H),
-G = H / K, D size of a head, N = B * H, Q queries in a block.
+D size of a head, Q queries in a block, 1 a reduced dimension.
 """
 
 import functools
@@ -12,8 +12,6 @@ import jax
 import jax.numpy as jnp
 
 Implementation = Literal['reference', 'xla', 'blocked']
-
-_BLOCK = 64  # queries; a [64, 256] tile of scores stays in a core's cache
 
 
 def attention(
@@ -37,8 +35,8 @@ def attention(
       causal: query t sees the keys up to t + S - T, so that the last query sees them all.
       scale: factor on the scores; None is 1 / sqrt(D).
       impl: 'reference' (the specification), 'xla' (one batched product, left to the compiler) or
-        'blocked' (head by head in blocks of queries that fit a CPU's cache; causal, T = S, T a
-        multiple of 64). None chooses by shape and platform.
+        'blocked' (in blocks of queries that fit a CPU's cache, without the keys that lie behind
+        them; causal, T = S, T a multiple of 64 and of T // 8). None chooses by shape and platform.
 
     Raises:
       ValueError: shapes do not fit, or the named implementation cannot run them.
@@ -96,7 +94,7 @@ def _check_shapes(q_BTHD: jax.Array, k_BSKD: jax.Array, v_BSKD: jax.Array) -> No
     if not q_BTHD.ndim == k_BSKD.ndim == v_BSKD.ndim == 4 or k_BSKD.shape != v_BSKD.shape:
         raise ValueError(f'attention takes [B, T, H, D] and twice [B, S, K, D], not {shapes}')
     (B, _, H, D), (b, _, K, d) = q_BTHD.shape, k_BSKD.shape
-    if B != b or D != d or H % K:
+    if (b, d) != (B, D) or H % K:
         raise ValueError(f'attention needs equal B and D, and K dividing H, not {shapes}')
 
 
@@ -137,71 +135,90 @@ def _batched(q_BTHD, k_BSKD, v_BSKD, mask_B1TS: jax.Array | None, scale: float) 
     return jnp.einsum('bhts,bshd->bthd', p_BHTS, v_BSHD)
 
 
+def _block_size(T: int) -> int:
+    # Scores [64, 256] of a head stay in a core's cache; more than eight blocks only cost compile
+    # time, for the share of masked scores computed is down to a sixteenth by then.
+    return max(64, T // 8)
+
+
 def _blocked_refuses(q_BTHD: jax.Array, k_BSKD: jax.Array, causal: bool) -> str | None:
     T, S = q_BTHD.shape[1], k_BSKD.shape[1]
     if not causal or T != S:
         return f'needs causal=True and as many keys as queries, not causal={causal}, T={T}, S={S}'
-    if T % _BLOCK:
-        return f'T={T} must be a multiple of {_BLOCK}'
+    if T % _block_size(T):
+        return f'T={T} must be a multiple of {_block_size(T)}'
     return None
 
 
 def _blocked_pays(q_BTHD: jax.Array, k_BSKD: jax.Array, causal: bool) -> bool:
-    if jax.default_backend() != 'cpu' or q_BTHD.shape[1] < 256:
-        return False
-    # A loop over heads would gather what a mesh has spread out.
-    mesh = jax.sharding.get_abstract_mesh()
-    return (mesh.empty or mesh.size == 1) and not _blocked_refuses(q_BTHD, k_BSKD, causal)
+    on_cpu = jax.default_backend() == 'cpu'
+    return on_cpu and q_BTHD.shape[1] >= 128 and not _blocked_refuses(q_BTHD, k_BSKD, causal)
 
 
 def _blocked(q_BTHD, k_BSKD, v_BSKD, scale: float) -> jax.Array:
-    B, T, H, D = q_BTHD.shape
+    H = q_BTHD.shape[2]
     k_BSHD, v_BSHD = _repeat_heads(k_BSKD, H), _repeat_heads(v_BSKD, H)
-    heads = (x.transpose(0, 2, 1, 3).reshape(B * H, T, D) for x in (q_BTHD, k_BSHD, v_BSHD))
-    return _scan_heads(*heads, scale).reshape(B, H, T, D).transpose(0, 2, 1, 3)
+    heads = (x.swapaxes(1, 2) for x in (q_BTHD, k_BSHD, v_BSHD))
+    return _causal_blocks(*heads, scale).swapaxes(1, 2)
+
+
+def _blocks(T: int) -> list[tuple[int, int]]:
+    return [(start, start + _block_size(T)) for start in range(0, T, _block_size(T))]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _scan_heads(q_NTD, k_NTD, v_NTD, scale: float) -> jax.Array:
-    return _scan_heads_fwd(q_NTD, k_NTD, v_NTD, scale)[0]
+def _causal_blocks(q_BHTD, k_BHTD, v_BHTD, scale: float) -> jax.Array:
+    """Causal attention in blocks of queries, each taken with the keys up to its end only.
+
+    The gradient is that of Dao et al. 2022, appendix B.2, with two products moved from the scores
+    to the far smaller queries and outputs: the scale, and the division by the sum of the weights.
+    """
+    return _causal_blocks_fwd(q_BHTD, k_BHTD, v_BHTD, scale)[0]
 
 
-def _scan_heads_fwd(q_NTD, k_NTD, v_NTD, scale: float):
-    def head(_, qkv):
-        q_TD, k_TD, v_TD = qkv
-        out, probs = [], []
-        for start in range(0, q_TD.shape[0], _BLOCK):
-            end = start + _BLOCK
-            s_QS = (q_TD[start:end] * scale) @ k_TD[:end].T
-            mask_QS = _causal_mask(_BLOCK, end)[0, 0]
-            p_QS = jax.nn.softmax(jnp.where(mask_QS, s_QS.astype(jnp.float32), -jnp.inf), -1)
-            p_QS = p_QS.astype(v_TD.dtype)
-            probs.append(p_QS)
-            out.append(p_QS @ v_TD[:end])
-        return None, (jnp.concatenate(out), tuple(probs))
-
-    _, (o_NTD, probs) = jax.lax.scan(head, None, (q_NTD, k_NTD, v_NTD))
-    return o_NTD, (q_NTD, k_NTD, v_NTD, o_NTD, probs)
-
-
-def _scan_heads_bwd(scale: float, residuals, g_NTD):
-    def head(_, xs):
-        q_TD, k_TD, v_TD, o_TD, probs, g_TD = xs
-        dot_T1 = jnp.sum(o_TD * g_TD, 1, keepdims=True)
-        dq, dk_TD, dv_TD = [], jnp.zeros_like(k_TD), jnp.zeros_like(v_TD)
-        for p_QS, start in zip(probs, range(0, q_TD.shape[0], _BLOCK), strict=True):
-            end = start + _BLOCK
-            g_QD = g_TD[start:end]
-            ds_QS = p_QS * (g_QD @ v_TD[:end].T - dot_T1[start:end]) * scale
-            ds_QS = ds_QS.astype(k_TD.dtype)
-            dq.append(ds_QS @ k_TD[:end])
-            dk_TD = dk_TD.at[:end].add(ds_QS.T @ q_TD[start:end])
-            dv_TD = dv_TD.at[:end].add(p_QS.T @ g_QD)
-        return None, (jnp.concatenate(dq), dk_TD, dv_TD)
-
-    q_NTD, k_NTD, v_NTD, o_NTD, probs = residuals
-    _, grads = jax.lax.scan(head, None, (q_NTD, k_NTD, v_NTD, o_NTD, probs, g_NTD))
-    return grads
+def _causal_blocks_fwd(q_BHTD, k_BHTD, v_BHTD, scale: float):
+    accumulator = _accumulator(q_BHTD.dtype)
+    q_BHTD = q_BHTD * jnp.asarray(scale, q_BHTD.dtype)
+    outputs, weights, norms = [], [], []
+    for start, end in _blocks(q_BHTD.shape[2]):
+        q_BHQD, k_BHSD, v_BHSD = q_BHTD[:, :, start:end], k_BHTD[:, :, :end], v_BHTD[:, :, :end]
+        s_BHQS = jnp.einsum('bhqd,bhsd->bhqs', q_BHQD, k_BHSD, preferred_element_type=accumulator)
+        s_BHQS = jnp.where(_causal_mask(end - start, end), s_BHQS, -jnp.inf)
+        w_BHQS = jnp.exp(s_BHQS - s_BHQS.max(-1, keepdims=True))
+        norm_BHQ1 = 1 / w_BHQS.sum(-1, keepdims=True)
+        w_BHQS = w_BHQS.astype(q_BHTD.dtype)
+        o_BHQD = jnp.einsum('bhqs,bhsd->bhqd', w_BHQS, v_BHSD, preferred_element_type=accumulator)
+        outputs.append((o_BHQD * norm_BHQ1).astype(q_BHTD.dtype))
+        weights.append(w_BHQS)
+        norms.append(norm_BHQ1)
+    o_BHTD = jnp.concatenate(outputs, 2)
+    return o_BHTD, (q_BHTD, k_BHTD, v_BHTD, o_BHTD, weights, norms)
 
 
-_scan_heads.defvjp(_scan_heads_fwd, _scan_heads_bwd)
+def _causal_blocks_bwd(scale: float, residuals, g_BHTD):
+    q_BHTD, k_BHTD, v_BHTD, o_BHTD, weights, norms = residuals
+    dtype, accumulator = q_BHTD.dtype, _accumulator(q_BHTD.dtype)
+    einsum = functools.partial(jnp.einsum, preferred_element_type=accumulator)
+    dot_BHT1 = einsum('bhtd,bhtd->bht', o_BHTD, g_BHTD)[..., None]
+    dq, dk_BHTD, dv_BHTD = [], jnp.zeros((), accumulator), jnp.zeros((), accumulator)
+    # From the last block, which sees all keys, so that the sums over blocks start at full size.
+    blocks = zip(_blocks(q_BHTD.shape[2]), weights, norms, strict=True)
+    for (start, end), w_BHQS, norm_BHQ1 in reversed(list(blocks)):
+        q_BHQD, k_BHSD, v_BHSD = q_BHTD[:, :, start:end], k_BHTD[:, :, :end], v_BHTD[:, :, :end]
+        g_BHQD = (g_BHTD[:, :, start:end] * norm_BHQ1).astype(dtype)
+        dot_BHQ1 = dot_BHT1[:, :, start:end] * norm_BHQ1
+        ds_BHQS = w_BHQS * (einsum('bhqd,bhsd->bhqs', g_BHQD, v_BHSD) - dot_BHQ1)
+        ds_BHQS = ds_BHQS.astype(dtype)
+        dq.append(einsum('bhqs,bhsd->bhqd', ds_BHQS, k_BHSD) * scale)
+        dk_BHSD = einsum('bhqs,bhqd->bhsd', ds_BHQS, q_BHQD)
+        dv_BHSD = einsum('bhqs,bhqd->bhsd', w_BHQS, g_BHQD)
+        if end == q_BHTD.shape[2]:
+            dk_BHTD, dv_BHTD = dk_BHSD, dv_BHSD
+        else:
+            dk_BHTD = dk_BHTD.at[:, :, :end].add(dk_BHSD)
+            dv_BHTD = dv_BHTD.at[:, :, :end].add(dv_BHSD)
+    dq_BHTD = jnp.concatenate(dq[::-1], 2)
+    return dq_BHTD.astype(dtype), dk_BHTD.astype(dtype), dv_BHTD.astype(dtype)
+
+
+_causal_blocks.defvjp(_causal_blocks_fwd, _causal_blocks_bwd)

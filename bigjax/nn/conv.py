@@ -18,7 +18,7 @@ from jax import lax
 from bigjax.nn.winograd import conv_winograd
 
 Padding = str | Sequence[tuple[int, int]]
-_IMPLS = (None, 'xla', 'taps', 'winograd')
+_IMPLS = (None, 'xla', 'taps', 'taps_grad', 'winograd')
 
 
 def conv(
@@ -60,7 +60,13 @@ def conv(
             )
         return conv_winograd(x_BHWC, w_IJCO)
     if impl == 'taps':
-        return _conv_taps(x_BHWC, w_IJCO, tuple(strides), pads)
+        return _conv_taps(x_BHWC, w_IJCO, tuple(strides), pads, _sum_taps)
+    if impl == 'taps_grad':
+        return _conv_taps(x_BHWC, w_IJCO, tuple(strides), pads, _xla)
+    return _xla(x_BHWC, w_IJCO, strides, pads)
+
+
+def _xla(x_BHWC, w_IJCO, strides, pads):
     return lax.conv_general_dilated(
         x_BHWC, w_IJCO, strides, pads, dimension_numbers=('NHWC', 'HWIO', 'NHWC')
     )
@@ -79,10 +85,12 @@ def _choose(x_BHWC, w_IJCO, strides, pads) -> str:
     full = x_BHWC.dtype == jnp.float32
     if full and few >= 64 and h * w >= 16 and _winograd_fits(w_IJCO.shape, strides, pads):
         return 'winograd'
-    one = w_IJCO.shape[:2] == (1, 1)
-    if (one or h * w <= 64) and few >= 64:
+    if few < 64:
+        return 'xla'
+    if w_IJCO.shape[:2] == (1, 1) or h * w <= 16:
         return 'taps'
-    return 'xla'
+    # XLA transposes the whole image for a kernel's gradient, and dilates for a strided input's.
+    return 'taps_grad' if max(strides) > 1 else 'xla'
 
 
 def _span(size: int, taps: int, stride: int, pads: tuple[int, int]) -> list[tuple[int, int, int]]:
@@ -129,8 +137,13 @@ def _rows(x_BPQC):
     return x_BPQC.reshape(-1, x_BPQC.shape[-1])
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _conv_taps(x_BHWC, w_IJCO, strides, pads):
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def _conv_taps(x_BHWC, w_IJCO, strides, pads, forward):
+    """Convolution by `forward` with gradients that are sums over kernel positions."""
+    return forward(x_BHWC, w_IJCO, strides, pads)
+
+
+def _sum_taps(x_BHWC, w_IJCO, strides, pads):
     """Sum over kernel positions of (the pixels it reads) @ w[i, j], leaving the zero padding out."""
     size_PQ = [
         _out_size(*a) for a in zip(x_BHWC.shape[1:3], w_IJCO.shape[:2], strides, pads, strict=True)
@@ -143,11 +156,12 @@ def _conv_taps(x_BHWC, w_IJCO, strides, pads):
     return y_BPQO
 
 
-def _conv_taps_fwd(x_BHWC, w_IJCO, strides, pads):
-    return _conv_taps(x_BHWC, w_IJCO, strides, pads), (x_BHWC, w_IJCO)
+def _conv_taps_fwd(x_BHWC, w_IJCO, strides, pads, forward):
+    return forward(x_BHWC, w_IJCO, strides, pads), (x_BHWC, w_IJCO)
 
 
-def _conv_taps_bwd(strides, pads, saved, g_BPQO):
+def _conv_taps_bwd(strides, pads, forward, saved, g_BPQO):
+    del forward
     x_BHWC, w_IJCO = saved
     dx_BHWC = jnp.zeros_like(x_BHWC)
     dw_IJCO = [[jnp.zeros_like(w_IJCO[0, 0])] * w_IJCO.shape[1] for _ in range(w_IJCO.shape[0])]

@@ -18,7 +18,7 @@ Direction = Literal['forward', 'reverse', 'both']
 
 
 class LSTMState(NamedTuple):
-    """What a step hands to the next one: `h` [B, K] in the compute type, `c` [B, K] at least float32.
+    """What a step hands on: `h` [B, K] in the compute type, `c` [B, K] float32 or wider.
 
     With two directions the halves of K are (forward, reverse), as they are in the outputs.
     """
@@ -33,7 +33,7 @@ def length_mask(lengths_B: Array, max_length: int) -> Array:
 
 
 def _gates(a_BG: Array) -> Array:
-    """The four gates' values; sigmoid(x) = (1 + tanh(x/2)) / 2 makes them one pass over one tanh."""
+    """The four gates' values, in one pass: sigmoid(x) = (1 + tanh(x/2)) / 2."""
     H = a_BG.shape[-1] // 4
     scale_G = jnp.repeat(jnp.array([0.5, 0.5, 1.0, 0.5], a_BG.dtype), H)[None]
     return scale_G * jnp.tanh(scale_G * a_BG) + (1 - scale_G)
@@ -165,60 +165,70 @@ class LSTM(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_BTC: Array, *, mask_BT: Array | None = None, state: LSTMState | None = None
+        self,
+        x_BTC: Array,
+        *,
+        tokens_BT: Array | None = None,
+        mask_BT: Array | None = None,
+        state: LSTMState | None = None,
     ) -> tuple[Array, LSTMState]:
         """Returns the outputs [B, T, K] in `dtype` and the state after each direction's last step.
 
-        A step whose `mask_BT` (bool) is False leaves the state as it is, and the output there
-        repeats it. `state` is the state before the first step, zero if absent. Time comes first
-        in `x_BTC`, `mask_BT` and the outputs if `time_major`.
+        With `tokens_BT` (int32, in range), `x_BTC` is a table [V, C] and step inputs are its rows:
+        the same as looking them up first, but a table shorter than B·T is projected instead of
+        them. A step whose `mask_BT` (bool) is False leaves the state as it is, and the output
+        there repeats it. `state` is the state before the first step, zero if absent. Time comes
+        first in `x_BTC`, `tokens_BT`, `mask_BT` and the outputs if `time_major`. Raises ValueError
+        on an unknown direction.
         """
         if self.direction not in ('forward', 'reverse', 'both'):
             raise ValueError(
                 f'direction={self.direction!r}: must be forward, reverse or both; try forward'
             )
-        x_BTC = jnp.asarray(x_BTC)
-        mask_BT = None if mask_BT is None else jnp.asarray(mask_BT)
-        x_TBC = x_BTC if self.time_major else x_BTC.swapaxes(0, 1)
-        mask_TB = mask_BT if self.time_major or mask_BT is None else mask_BT.swapaxes(0, 1)
+        x = jnp.asarray(x_BTC) if tokens_BT is not None else self._time_first(x_BTC)
+        tokens_TB, mask_TB = self._time_first(tokens_BT), self._time_first(mask_BT)
+        if tokens_TB is not None and x.shape[0] >= tokens_TB.size:
+            x, tokens_TB = x[tokens_TB], None
         directions = ('forward', 'reverse') if self.direction == 'both' else (self.direction,)
         if state is None:
-            width = self.features * len(directions)
-            state = self.initial_state(x_TBC.shape[1], width)
-        h0s = jnp.split(state.h, len(directions), axis=-1)
+            batch = x.shape[1] if tokens_TB is None else tokens_TB.shape[1]
+            state = self.initial_state(batch)
+        h0s = jnp.split(state.h.astype(self.dtype), len(directions), axis=-1)
         c0s = jnp.split(state.c, len(directions), axis=-1)
-        runs = [
-            self._run(name, x_TBC, h0_BH, c0_BH, mask_TB)
-            for name, h0_BH, c0_BH in zip(directions, h0s, c0s, strict=True)
-        ]
+        runs = []
+        for name, h0_BH, c0_BH in zip(directions, h0s, c0s, strict=True):
+            kernel_CG, recurrent_HG, bias_G = self._parameters(name, x.shape[-1])
+            # One product for all steps, on two dimensions: XLA's CPU gradient of a product with a
+            # three-dimensional operand is half as fast.
+            z_NG = x.reshape(-1, x.shape[-1]).astype(self.dtype) @ kernel_CG
+            if tokens_TB is None:
+                z_TBG = z_NG.reshape(*x.shape[:2], -1)
+            else:
+                z_TBG = z_NG[tokens_TB]
+            is_reverse = name == 'reverse'
+            runs.append(lstm_scan(z_TBG, recurrent_HG, bias_G, h0_BH, c0_BH, mask_TB, is_reverse))
         y_TBK, h_BK, c_BK = (jnp.concatenate(parts, axis=-1) for parts in zip(*runs, strict=True))
-        return y_TBK if self.time_major else y_TBK.swapaxes(0, 1), LSTMState(h_BK, c_BK)
+        return self._time_first(y_TBK), LSTMState(h_BK, c_BK)
 
-    def initial_state(self, batch: int, width: int) -> LSTMState:
-        """The zero state, [batch, width] each."""
+    def initial_state(self, batch: int) -> LSTMState:
+        """The zero state of `batch` rows."""
+        shape = (batch, self.features * (2 if self.direction == 'both' else 1))
         c_type = jnp.promote_types(self.dtype, jnp.float32)
-        return LSTMState(jnp.zeros((batch, width), self.dtype), jnp.zeros((batch, width), c_type))
+        return LSTMState(jnp.zeros(shape, self.dtype), jnp.zeros(shape, c_type))
 
-    def _run(self, name, x_TBC, h0_BH, c0_BH, mask_TB):
-        T, B, C = x_TBC.shape
-        G = 4 * self.features
+    def _time_first(self, x: Array | None) -> Array | None:
+        """Exchanges the first two dimensions, its own inverse, unless time is first throughout."""
+        if x is None:
+            return None
+        return jnp.asarray(x) if self.time_major else jnp.swapaxes(x, 0, 1)
+
+    def _parameters(self, direction: str, inputs: int) -> tuple[Array, Array, Array]:
         # The parameters widen with the compute type, so that float64 can check the gradient.
         param_type = jnp.promote_types(self.dtype, jnp.float32)
-        kernel = self.param(f'{name}_kernel', self.kernel_init, (C, G), param_type)
-        recurrent = self.param(
-            f'{name}_recurrent_kernel', _recurrent_init, (self.features, G), param_type
+        H, G = self.features, 4 * self.features
+        parameters = (
+            self.param(f'{direction}_kernel', self.kernel_init, (inputs, G), param_type),
+            self.param(f'{direction}_recurrent_kernel', _recurrent_init, (H, G), param_type),
+            self.param(f'{direction}_bias', _bias_init, (G,), param_type),
         )
-        bias = self.param(f'{name}_bias', _bias_init, (G,), param_type)
-        # One product for all steps, on two dimensions: XLA's CPU gradient of a product with a
-        # three-dimensional operand is half as fast.
-        x_NC = x_TBC.reshape(T * B, C).astype(self.dtype)
-        z_NG = x_NC @ kernel.astype(self.dtype)
-        return lstm_scan(
-            z_NG.reshape(T, B, G),
-            recurrent.astype(self.dtype),
-            bias.astype(self.dtype),
-            h0_BH.astype(self.dtype),
-            c0_BH,
-            mask_TB,
-            name == 'reverse',
-        )
+        return tuple(p.astype(self.dtype) for p in parameters)

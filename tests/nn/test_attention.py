@@ -44,7 +44,7 @@ def test_value_and_gradient_equal_the_reference_in_float64(impl, T, S, K, causal
 @pytest.mark.parametrize(('impl', 'T'), [('reference', 6), ('xla', 6), ('blocked', 128)])
 def test_an_output_has_no_gradient_to_later_positions(impl, T):
     qkv, _ = inputs(T, H=1)
-    t = T // 2 - 3
+    t = T // 2 - 1
     grads = jax.grad(lambda qkv: attention(*qkv, causal=True, impl=impl)[:, t].sum())(qkv)
     for grad in grads[1:]:
         assert np.all(grad[:, t + 1 :] == 0)

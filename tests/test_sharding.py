@@ -1,0 +1,312 @@
+"""Mesh and rules: what is split how, and what is refused before anything is compiled."""
+
+import re
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, PartitionSpec
+
+from bigjax import sharding
+from bigjax.experiment import UsageError
+from bigjax.optimizers import Optim, make_optimizer
+
+AUTO = (AxisType.Auto,) * 3
+
+
+class State(NamedTuple):
+    """Like a train state."""
+
+    step: Any
+    params: Any
+    opt_state: Any
+
+
+def mesh(data=1, fsdp=1, tensor=1):
+    devices = jax.devices()[: data * fsdp * tensor]
+    return jax.make_mesh((data, fsdp, tensor), sharding.AXES, axis_types=AUTO, devices=devices)
+
+
+# ---- The mesh ----
+
+
+@pytest.mark.parametrize(
+    ('text', 'devices', 'sizes'),
+    [
+        ('data=-1', 8, (8, 1, 1)),
+        ('data=2,fsdp=2,tensor=2', 8, (2, 2, 2)),
+        ('tensor=2,data=4', 8, (4, 1, 2)),
+        ('data=2,fsdp=-1', 8, (2, 4, 1)),
+        ('data=8,fsdp=-1', 8, (8, 1, 1)),
+        ('fsdp=6', 6, (1, 6, 1)),
+        ('', 1, (1, 1, 1)),
+    ],
+)
+def test_mesh_sizes(text, devices, sizes):
+    assert tuple(sharding.parse_mesh(text, devices).values()) == sizes
+    assert tuple(sharding.parse_mesh(text, devices)) == sharding.AXES
+
+
+@pytest.mark.parametrize(
+    ('text', 'message'),
+    [
+        ('data', "'data' is not axis=size with an axis of data, fsdp, tensor and a positive size "
+                 'or -1'),
+        ('model=8', "'model=8' is not axis=size with an axis of data, fsdp, tensor and a positive "
+                    'size or -1'),
+        ('data=0', "'data=0' is not axis=size with an axis of data, fsdp, tensor and a positive "
+                   'size or -1'),
+        ('data=-2', "'data=-2' is not axis=size with an axis of data, fsdp, tensor and a positive "
+                    'size or -1'),
+        ('data=2,data=4', "axis 'data' is given twice"),
+        ('data=-1,fsdp=-1', 'only one axis may be -1'),
+        ('data=3', 'the sizes multiply to 3, which is not the number of devices, 8'),
+        ('data=16', 'the sizes multiply to 16, which is not the number of devices, 8'),
+        ('', 'the sizes multiply to 1, which is not the number of devices, 8'),
+        ('data=-1,tensor=3', 'the sizes multiply to 3, which does not divide the number of '
+                             'devices, 8'),
+        ('data=-1,tensor=16', 'the sizes multiply to 16, which does not divide the number of '
+                              'devices, 8'),
+    ],
+)  # fmt: skip
+def test_mesh_refuses(text, message):
+    with pytest.raises(UsageError) as error:
+        sharding.parse_mesh(text, 8)
+    assert str(error.value) == f'--mesh={text}: {message}; try --mesh=data=-1'
+
+
+def test_every_process_has_batch_rows_of_its_own():
+    assert sharding.parse_mesh('data=2,tensor=4', 8, processes=2)['data'] == 2
+    with pytest.raises(UsageError) as error:
+        sharding.parse_mesh('tensor=8', 8, processes=2)
+    assert str(error.value) == (
+        '--mesh=tensor=8: data * fsdp is 1, which is not a multiple of the 2 processes, each of '
+        'which reads batch rows of its own; try --mesh=data=-1'
+    )
+
+
+def test_mesh_is_over_all_devices_with_auto_axes():
+    made = sharding.make_mesh('data=2,tensor=-1')
+    assert dict(made.shape) == {'data': 2, 'fsdp': 1, 'tensor': 4}
+    assert set(made.devices.flat) == set(jax.devices())
+    assert made.axis_types == AUTO
+
+
+# ---- One parameter ----
+
+
+def spec(path, shape, rules, **sizes):
+    return sharding.spec_for(path, shape, rules, mesh(**sizes))
+
+
+def test_the_first_rule_that_matches_wins():
+    rules = ((r'up/kernel$', ('embed', 'mlp')), (r'kernel$', ('mlp', 'embed')), ('.*', (None,)))
+    assert spec('mlp/up/kernel', (4, 4), rules, fsdp=2) == PartitionSpec('fsdp', 'tensor')
+    assert spec('mlp/down/kernel', (4, 4), rules, fsdp=2) == PartitionSpec('tensor', 'fsdp')
+    assert spec('norm/scale', (4,), rules, fsdp=2) == PartitionSpec(None)
+
+
+def test_an_unmatched_parameter_is_named():
+    with pytest.raises(UsageError) as error:
+        spec('head/bias', (4,), ((r'kernel$', ('embed', None)),))
+    assert str(error.value) == (
+        'parameter \'head/bias\' matches no sharding rule; add (r"head/bias", …) to the RULES of '
+        "its model, or end them with ('.*', 'largest')"
+    )
+
+
+def test_a_rule_of_another_rank_is_named():
+    with pytest.raises(UsageError) as error:
+        spec('head/kernel', (4, 4, 4), ((r'kernel$', ('embed', None)),))
+    assert str(error.value) == (
+        "sharding rule 'kernel$' names 2 dimensions, but parameter 'head/kernel' has 3; "
+        'give one logical axis or None per dimension'
+    )
+
+
+@pytest.mark.parametrize('axes', [('embd',), 'embed', ('fsdp',)])
+def test_an_unknown_logical_axis_is_named(axes):
+    # 'embed' is ('embed',) with its comma forgotten.
+    with pytest.raises(UsageError) as error:
+        spec('scale', (4,), ((r'scale$', axes),))
+    assert str(error.value) == (
+        f"sharding rule 'scale$' gives {axes!r}; it must be a tuple of embed, heads, mlp, vocab, "
+        f"channels and None, or 'largest'"
+    )
+
+
+def test_heads_that_the_mesh_does_not_divide():
+    rules = ((r'qkv$', ('embed', 'heads', None)),)
+    with pytest.raises(UsageError) as error:
+        spec('qkv', (6, 4, 2), rules, tensor=3)
+    assert str(error.value) == (
+        "--mesh=tensor=3: tensor=3 does not divide the 4 heads of parameter 'qkv'; "
+        'try --mesh=data=-1'
+    )
+
+
+def test_the_mesh_that_is_suggested_works():
+    rules = ((r'qkv$', ('embed', 'heads', None)),)
+    with pytest.raises(UsageError) as error:
+        spec('qkv', (8, 6, 2), rules, fsdp=2, tensor=4)
+    assert str(error.value) == (
+        "--mesh=fsdp=2,tensor=4: tensor=4 does not divide the 6 heads of parameter 'qkv'; "
+        'try --mesh=data=-1,fsdp=2,tensor=2'
+    )
+    good = re.search(r'try --mesh=(\S+)', str(error.value))[1]
+    sharding.spec_for('qkv', (8, 6, 2), rules, sharding.make_mesh(good))
+
+
+@pytest.mark.parametrize(
+    ('shape', 'fsdp', 'expected'),
+    [
+        ((4, 16), 4, (None, 'fsdp')),
+        ((16, 4), 4, ('fsdp', None)),
+        ((4, 15), 4, ('fsdp', None)),  # The largest that divides.
+        ((8, 8), 4, ('fsdp', None)),  # Of equals, the first.
+        ((3, 3, 5, 16), 8, (None, None, None, 'fsdp')),
+        ((3, 5), 4, (None, None)),
+        ((), 4, ()),
+    ],
+)
+def test_the_default_rule_splits_the_largest_dimension_that_divides(shape, fsdp, expected):
+    rules = (('.*', 'largest'),)
+    assert spec('a', shape, rules, fsdp=fsdp) == PartitionSpec(*expected)
+
+
+# ---- A whole state ----
+
+RULES = (
+    (r'up/kernel$', ('embed', 'mlp')),
+    (r'down/kernel$', ('mlp', 'embed')),
+    (r'attention/.*kernel$', ('embed', 'heads', None)),
+    (r'bias$', ('mlp',)),
+    (r'scale$', ('embed',)),
+)
+# Square matrices, so that only the path can tell which way they are split.
+PARAMS = {
+    'norm': {'scale': jnp.ones(8)},
+    'mlp': {
+        'norm': {'scale': jnp.ones(4)},
+        'up': {'kernel': jnp.ones((8, 8)), 'bias': jnp.ones(8)},
+        'down': {'kernel': jnp.ones((8, 8))},
+    },
+    'attention': {'q': {'kernel': jnp.ones((8, 2, 4))}},
+}
+SUFFIXES = (
+    'norm/scale', 'mlp/norm/scale', 'mlp/up/kernel', 'mlp/up/bias', 'mlp/down/kernel',
+    'attention/q/kernel',
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ('optim', 'copies'),
+    [
+        (Optim(optimizer='sgd', momentum=0.9), 1),
+        (Optim(optimizer='adamw', weight_decay=0.1, clip=1.0), 2),
+        (Optim(optimizer='adamw', ema=0.9), 3),
+        (Optim(optimizer='adamw', nonfinite='skip'), 2),
+        (Optim(optimizer='lion', l1=0.1), 1),
+        (Optim(optimizer='adafactor'), 1),
+    ],
+)
+def test_the_optimizer_state_lies_with_its_parameter(optim, copies):
+    optimizer, _ = make_optimizer(optim, steps=1000)
+    state = jax.eval_shape(lambda p: State(jnp.int32(0), p, optimizer.init(p)), PARAMS)
+    placed = sharding.state_shardings(state, RULES, mesh(fsdp=2, tensor=2))
+    own = {sharding.path_string(path): s.spec
+           for path, s in jax.tree_util.tree_leaves_with_path(placed.params)}  # fmt: skip
+    assert own['mlp/up/kernel'] == PartitionSpec('fsdp', 'tensor')
+    assert own['mlp/down/kernel'] == PartitionSpec('tensor', 'fsdp')
+    found = dict.fromkeys(SUFFIXES, 0)
+    leaves = jax.tree_util.tree_leaves_with_path(placed.opt_state)
+    shapes = [leaf.shape for leaf in jax.tree.leaves(state.opt_state)]
+    for (path, leaf), shape in zip(leaves, shapes, strict=True):
+        name = sharding.path_string(path)
+        suffix = max((s for s in SUFFIXES if name.endswith('/' + s)), key=len, default=None)
+        if suffix and shape == _at(PARAMS, suffix).shape:
+            assert leaf.spec == own[suffix], name
+            found[suffix] += 1
+        else:
+            assert leaf.spec == PartitionSpec(), name
+    assert set(found.values()) == {copies}
+
+
+def test_muon_state_lies_with_its_parameter():
+    optimizer, _ = make_optimizer(Optim(optimizer='muon'), steps=1000)
+    state = jax.eval_shape(lambda p: State(jnp.int32(0), p, optimizer.init(p)), PARAMS)
+    placed = sharding.state_shardings(state, RULES, mesh(fsdp=2, tensor=2))
+    specs = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(placed.opt_state):
+        specs.setdefault(sharding.path_string(path).partition('mlp/')[2], []).append(leaf.spec)
+    assert specs['up/kernel'] == [PartitionSpec('fsdp', 'tensor')]  # Momentum.
+    assert specs['up/bias'] == [PartitionSpec('tensor')] * 2  # AdamW's two moments.
+
+
+def _at(tree, path):
+    for name in path.split('/'):
+        tree = tree[name]
+    return tree
+
+
+def test_a_state_can_be_born_as_placed():
+    optimizer, _ = make_optimizer(Optim(ema=0.9), steps=1000)
+    init = lambda: State(jnp.int32(0), PARAMS, optimizer.init(PARAMS))  # noqa: E731
+    placed = sharding.state_shardings(jax.eval_shape(init), RULES, mesh(2, 2, 2))
+    state = jax.jit(init, out_shardings=placed)()
+    for leaf, where in zip(jax.tree.leaves(state), jax.tree.leaves(placed), strict=True):
+        assert leaf.sharding.is_equivalent_to(where, leaf.ndim)
+
+
+def test_bytes_per_device():
+    shapes = {'a': (8, 8), 'b': (8,), 'c': ()}
+    state = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
+    state['b'] = jax.ShapeDtypeStruct((8,), jnp.bfloat16)
+    on = mesh(2, 2, 2)
+    specs = {'a': PartitionSpec('fsdp', 'tensor'), 'b': PartitionSpec('tensor')}
+    where = {n: jax.NamedSharding(on, specs.get(n, PartitionSpec())) for n in shapes}
+    assert sharding.bytes_per_device(state, where) == 8 * 8 * 4 // 4 + 8 * 2 // 2 + 4
+    # As the device says itself.
+    arrays = {n: jax.device_put(np.zeros(x.shape, x.dtype), where[n]) for n, x in state.items()}
+    held = sum(array.addressable_shards[0].data.nbytes for array in arrays.values())
+    assert sharding.bytes_per_device(state, where) == held
+
+
+# ---- Batches ----
+
+
+def test_a_batch_that_divides():
+    sharding.check_batch('batch', 16, mesh(2, 2, 2), accumulate=4)
+    sharding.check_batch('eval_batch', 4, mesh(2, 2, 2))
+
+
+@pytest.mark.parametrize(
+    ('flag', 'batch', 'accumulate', 'message'),
+    [
+        ('batch', 30, 1, '--batch=30: must be a positive multiple of 4, the 4 batch shards of the '
+                         'mesh; try --batch=32'),
+        ('eval_batch', 1, 1, '--eval_batch=1: must be a positive multiple of 4, the 4 batch shards '
+                             'of the mesh; try --eval_batch=4'),
+        ('batch', 0, 1, '--batch=0: must be a positive multiple of 4, the 4 batch shards of the '
+                        'mesh; try --batch=4'),
+        ('batch', 28, 3, '--batch=28: must be a positive multiple of 12, the 4 batch shards of the '
+                         'mesh times --accumulate=3; try --batch=24'),
+    ],
+)  # fmt: skip
+def test_a_batch_that_does_not_divide(flag, batch, accumulate, message):
+    with pytest.raises(UsageError) as error:
+        sharding.check_batch(flag, batch, mesh(2, 2, 2), accumulate=accumulate)
+    assert str(error.value) == message
+
+
+def test_rows_lie_in_order_over_data_and_fsdp():
+    where = sharding.batch_sharding(mesh(2, 2, 2))
+    rows = np.arange(16, dtype=np.float32).reshape(8, 2)
+    placed = sharding.shard_batch({'x': rows}, where)['x']
+    np.testing.assert_array_equal(placed, rows)
+    assert placed.sharding.shard_shape(placed.shape) == (2, 2)
+    stacked = sharding.batch_sharding(mesh(2, 2, 2), stacked=True)
+    placed = sharding.shard_batch({'x': rows[None]}, stacked)['x']
+    assert placed.sharding.shard_shape(placed.shape) == (1, 2, 2)

@@ -94,7 +94,7 @@ def main(argv):
         distributed.join(FLAGS.coordinator, FLAGS.processes, FLAGS.process_id, os.environ)
         experiment = experiments.build(function, values)
         return actions.run(FLAGS.action, experiment, identity, workdir.absolute(), FLAGS.checkpoint)
-    except experiments.UsageError as error:
+    except (experiments.UsageError, FloatingPointError) as error:
         sys.exit(f'launch.py: {error}')
 
 

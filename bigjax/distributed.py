@@ -64,8 +64,8 @@ def join(
         )
     host, _, port = coordinator.rpartition(':')
     if not (host and port.isdigit()):
-        good = f'{(host or port).strip(":") or "localhost"}:9876'
+        host = host or ('localhost' if port.isdigit() or not port else port)
         raise UsageError(
-            f'--coordinator={coordinator}: must be HOST:PORT; try --coordinator={good}'
+            f'--coordinator={coordinator}: must be HOST:PORT; try --coordinator={host}:9876'
         )
     jax.distributed.initialize(coordinator, processes, process_id)

@@ -20,13 +20,14 @@ class Interrupt:
     def __init__(self) -> None:
         self.signal: int | None = None
 
-    def requested(self, step: int) -> bool:
-        """Returns whether to stop after `step`; the same answer on every process.
+    def requested(self, call: int) -> bool:
+        """Returns whether to stop after `call`; the same answer on every process.
 
         A preempted job's processes get SIGTERM at different moments. JAX's preemption service
-        agrees on one step for all of them.
+        agrees on one call for all of them: one more than the furthest has made, so that calls
+        must be counted without gaps.
         """
-        if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step):
+        if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(call):
             self.signal = self.signal or signal.SIGTERM
             return True
         return jax.process_count() == 1 and self.signal is not None

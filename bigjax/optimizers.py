@@ -94,7 +94,7 @@ def check(optim: Optim, *, steps: int) -> None:
     if optim.schedule == 'wsd':
         room = 1 - optim.warmup / steps
         rule = f'at most {room:.4g}, what --warmup={optim.warmup} leaves of --steps={steps}'
-        need(optim.decay <= room + 1e-9, 'decay', rule, f'{math.floor(room * 500) / 1000:g}')
+        need(optim.decay <= room + 1e-9, 'decay', rule, f'{room / 2:.2g}')
     for flag, fix in (('b1', 0.9), ('b2', 0.99), ('momentum', 0.9), ('ema', 0.999)):
         need(0 <= getattr(optim, flag) < 1, flag, 'at least 0 and below 1', fix)
     need(0 < optim.eps < math.inf, 'eps', 'positive and finite', '1e-8')

@@ -176,17 +176,19 @@ def language_model_report(
     return scores, text
 
 
-def smooth(values: np.ndarray, span: float) -> np.ndarray:
-    """Exponential mean over about `span` values, bias-corrected; NaNs are passed over."""
-    decay = 1 - 1 / max(span, 1)
-    total = weight = 0.0
-    out = np.empty(len(values))
-    for i, value in enumerate(values):
-        seen = math.isfinite(value)
-        total = decay * total + (value if seen else 0.0)
-        weight = decay * weight + seen
-        out[i] = total / weight if weight else math.nan
-    return out
+def smooth(values: np.ndarray, span: int) -> np.ndarray:
+    """Centred mean over up to `span` values; NaNs are passed over.
+
+    The window stays symmetric at the start, where a mean of one side would lag behind a falling
+    loss, and keeps its left half at the end, where single values would show as noise.
+    """
+    seen = np.isfinite(values)
+    total = np.concatenate([[0.0], np.cumsum(np.where(seen, values, 0.0))])
+    count = np.concatenate([[0], np.cumsum(seen)])
+    index = np.arange(len(values))
+    half = np.minimum(span // 2, index)
+    low, high = index - half, np.minimum(index + half + 1, len(values))
+    return (total[high] - total[low]) / np.maximum(count[high] - count[low], 1)
 
 
 def learning_curves(workdir: str | os.PathLike) -> Path | None:
@@ -207,14 +209,14 @@ def learning_curves(workdir: str | os.PathLike) -> Path | None:
     if any('accuracy' in r for r in records):
         panels.append(('accuracy', 2.0))
     if any('learning_rate' in r for r in records):
-        panels.append(('learning_rate', 1.0))
-    figure = Figure(figsize=(8, 1.5 + 1.3 * sum(h for _, h in panels)), layout='constrained')
+        panels.append(('learning_rate', 1.2))
+    figure = Figure(figsize=(8, 1 + sum(height for _, height in panels)), layout='constrained')
     FigureCanvasAgg(figure)
     axes = figure.subplots(
-        len(panels), sharex=True, squeeze=False, height_ratios=[h for _, h in panels]
+        len(panels), sharex=True, squeeze=False, height_ratios=[height for _, height in panels]
     )[:, 0]
     for ax, (metric, _) in zip(axes, panels, strict=True):
-        ax.set_ylabel(metric.replace('_', ' '))
+        ax.set_ylabel(metric.replace('_', '\n'))
         ax.grid(alpha=0.25)
         ax.spines[['top', 'right']].set_visible(False)
         for index, name in enumerate(sets):
@@ -246,9 +248,10 @@ def _draw(ax, points: np.ndarray, metric: str, name: str, color: str):
         ax.plot(steps, values, color=color, label=name, marker='.' if len(values) == 1 else '')
     else:
         ax.plot(steps, values, color=color, alpha=0.3, linewidth=0.8)
-        ax.plot(steps, smooth(values, len(values) / 40), color=color, label=f'{name}, smoothed')
+        ax.plot(steps, smooth(values, len(values) // 20), color=color, label=f'{name}, smoothed')
     if metric == 'loss' and name == 'train' and len(values) >= 20:
-        # The first steps' loss would flatten everything after them.
-        top = np.quantile(values, 0.99)
-        low = min(values.min(), *(line.get_ydata().min() for line in ax.lines))
-        ax.set_ylim(low - 0.05 * (top - low), top + 0.05 * (top - low))
+        # One wild step would flatten all the others.
+        shown = np.concatenate([line.get_ydata() for line in ax.lines])
+        low, high, top = shown.min(), shown.max(), np.quantile(values, 0.98)
+        if high - low > 4 * (top - low) > 0:
+            ax.set_ylim(low - 0.05 * (top - low), low + 2 * (top - low))

@@ -65,9 +65,15 @@ def make_train_step(experiment: Experiment) -> Callable:
         means['learning_rate'] = jnp.asarray(experiment.schedule(state.step), jnp.float32)
         means['grad_norm'] = jnp.sqrt(jnp.sum(squares_L))
         means['finite'] = jnp.isfinite(squares_L)
+        # As `optimizer` keeps the rest of the state where it skips such a step.
+        finite = jnp.all(means['finite'])
+        extra = jax.tree.map(lambda new, old: jnp.where(finite, new, old), extra, state.extra)
         return TrainState(state.step + 1, params, opt_state, extra), means
 
-    return lambda state, batches: jax.lax.scan(step, state, batches)
+    def train_step(state: TrainState, batches: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
+        return jax.lax.scan(step, state, batches)
+
+    return train_step
 
 
 def train(experiment: Experiment, identity: Identity, workdir: Path) -> Outcome:
@@ -171,7 +177,7 @@ def train(experiment: Experiment, identity: Identity, workdir: Path) -> Outcome:
             pending = (step + 1, values)
             step += run.steps_per_call
 
-            stopping = interrupt.requested(step)
+            stopping = interrupt.requested(step // run.steps_per_call)
             evaluating = not stopping and (step == run.steps or _every(run.eval_every, step))
             saving = stopping or step == run.steps or _every(run.save_every, step)
             if evaluating or saving:
@@ -185,7 +191,8 @@ def train(experiment: Experiment, identity: Identity, workdir: Path) -> Outcome:
                 for name, score in scores.items():
                     writer.evaluation(step, name, {k: v for k, v in score.items() if v.ndim == 0})
                 badness = evaluator.badness(scores)
-                better = progress['best'] is None or badness < progress['best']
+                best = math.inf if progress['best'] is None else progress['best']
+                better = badness < best  # False for what is not a number.
                 progress = {
                     'best': badness if better else progress['best'],
                     'since_best': 0 if better else progress['since_best'] + 1,

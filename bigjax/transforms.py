@@ -22,8 +22,7 @@ DECAY_RULES = (
 # is whatever no rule covers. Embeddings and heads are looked up or read by row: not Muon's.
 MUON_RULES = (
     (r'(^|/)(lm_)?(head|logits|classifier)/', None),
-    (r'qkv/kernel$', 'iobo'),  # [C, H, 3, D]: queries, keys and values are three matrices
-    (r'kv/kernel$', 'iobo'),
+    (r'q?kv/kernel$', 'iobo'),  # [C, H, 3, D]: queries, keys and values are three matrices
     (r'(^|/)(out|o|proj|o_proj|out_proj)/kernel$', 'iio'),  # [H, D, C]
     (r'kernel$', 'io'),
     (r'(attention|attn)/\w+/kernel$', 'ioo'),  # [C, H, D]

@@ -187,13 +187,13 @@ RULES = (
 )
 # Square matrices, so that only the path can tell which way they are split.
 PARAMS = {
-    'norm': {'scale': jnp.ones(8)},
+    'norm': {'scale': np.ones(8)},
     'mlp': {
-        'norm': {'scale': jnp.ones(4)},
-        'up': {'kernel': jnp.ones((8, 8)), 'bias': jnp.ones(8)},
-        'down': {'kernel': jnp.ones((8, 8))},
+        'norm': {'scale': np.ones(4)},
+        'up': {'kernel': np.ones((8, 8)), 'bias': np.ones(8)},
+        'down': {'kernel': np.ones((8, 8))},
     },
-    'attention': {'q': {'kernel': jnp.ones((8, 2, 4))}},
+    'attention': {'q': {'kernel': np.ones((8, 2, 4))}},
 }
 SUFFIXES = (
     'norm/scale', 'mlp/norm/scale', 'mlp/up/kernel', 'mlp/up/bias', 'mlp/down/kernel',

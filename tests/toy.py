@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -46,7 +47,7 @@ class Net(nn.Module):
 
     @nn.compact
     def __call__(self, x_BF: jax.Array, *, train: bool) -> jax.Array:
-        x_BF = Dense(32, dtype=self.dtype, name='hidden')(x_BF)
+        x_BF = Dense(32, use_bias=False, dtype=self.dtype, name='hidden')(x_BF)
         x_BF = nn.relu(nn.BatchNorm(not train, momentum=0.9, dtype=self.dtype, name='norm')(x_BF))
         x_BF = nn.Dropout(self.dropout, deterministic=not train)(x_BF)
         return Dense(CLASSES, dtype=self.dtype, name='head')(x_BF).astype(jnp.float32)
@@ -97,8 +98,8 @@ def toy(
     *,
     dropout: float = 0.1,
     dtype: str = 'float32',
-    run: Run = Run(steps=8, batch=16, log_every=1, monitor='test/loss'),
-    optim: Optim = Optim(schedule='constant', peak_lr=1e-2, warmup=0, ema=0.9),
+    run: Run = Run(steps=8, batch=16, log_every=1, monitor='test/loss'),  # noqa: B008
+    optim: Optim = Optim(schedule='constant', peak_lr=1e-2, warmup=0, ema=0.9),  # noqa: B008
 ) -> Experiment:
     """Builds the run.
 
@@ -165,6 +166,21 @@ def run(workdir: Path, knobs: dict[str, Any], *, journal: str = '', **options: A
         np.savez(workdir / 'params.npz', **params)
     state_digest = digest(outcome.state)
     print(json.dumps({'step': outcome.step, 'signal': outcome.signal, 'digest': state_digest}))
+
+
+def start(
+    workdir: Path, knobs: dict[str, Any], *, devices: int = 8, **options: Any
+) -> subprocess.Popen:
+    """Starts `run` in a child process with so many devices; ends of stdout and stderr are pipes."""
+    root = str(Path(__file__).parent.parent)
+    environ = {'PYTHONPATH': root, 'JAX_PLATFORMS': 'cpu', 'JAX_NUM_CPU_DEVICES': str(devices)}
+    return subprocess.Popen(
+        [sys.executable, __file__, str(workdir), json.dumps(knobs), json.dumps(options)],
+        env={**os.environ, **environ},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 if __name__ == '__main__':

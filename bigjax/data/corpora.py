@@ -161,22 +161,20 @@ def split_files(paths: list[str], sizes: list[int]) -> tuple[list[Piece], list[P
     if 0.8 <= sum(sizes[:boundary]) / total <= 0.95:
         return whole[:boundary], whole[boundary:]
     # The file in which 90 % of the bytes are passed is cut at a line end.
-    before = 0
-    for number, size in enumerate(sizes):
-        if before + size >= 0.9 * total:
-            break
-        before += size
+    number, before = 0, 0
+    while before + sizes[number] < 0.9 * total:
+        before += sizes[number]
+        number += 1
     goal = int(0.9 * total) - before
-    text = Path(paths[number]).read_bytes()
-    cut = text.find(b'\n', goal) + 1 or goal
-    if not 0 < cut < size:
-        cut = goal
     path = paths[number]
+    cut = Path(path).read_bytes().find(b'\n', goal) + 1
+    if not 0 < cut < sizes[number]:
+        cut = goal
     return [*whole[:number], (path, 0, cut)], [(path, cut, None), *whole[number + 1 :]]
 
 
 def tfds_corpus(name: str, *, data_dir: str) -> Corpus:
-    """Returns the text of a TFDS set prepared under `data_dir`, documents set apart by a blank line.
+    """Returns the text of a prepared TFDS set, its documents set apart by a blank line.
 
     Validation is the set's own 'validation' or 'test' split, else the last tenth of 'train'.
 

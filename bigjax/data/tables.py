@@ -78,7 +78,7 @@ def open_table(dataset: str, *, label_column: str = 'label') -> TableData:
         citation='scikit-learn toy datasets (UCI; diabetes: Efron et al., 2004)',
     )
     names = tuple(str(name) for name in bunch.get('target_names', ()))
-    return split_table(bunch.data, bunch.target, tuple(bunch.feature_names), names, card)
+    return split_table(bunch.data, bunch.target, tuple(map(str, bunch.feature_names)), names, card)
 
 
 def open_csv(path: str, label_column: str) -> TableData:
@@ -119,7 +119,7 @@ def read_header(path: str) -> list[str]:
 
 
 def is_quantity(labels: list[str]) -> bool:
-    """Returns whether a column holds a quantity: numbers, not all whole or too many to be classes."""
+    """Returns whether a column holds numbers that are not whole, or too many to be classes."""
     try:
         values = {float(label) for label in labels}
     except ValueError:

@@ -1,4 +1,4 @@
-"""A small convolutional network for image classification: conv, relu, max-pool, twice; dense; dense.
+"""A small convolutional network for images: twice convolution, ReLU, max-pooling; dense; dense.
 
 Legend: B batch, H W rows and columns, C channels, F flattened features.
 """
@@ -29,7 +29,8 @@ class CNN(nn.Module):
 
     Images [B, H, W, C] float, from 4×4 up (pooling stops at images under 4 pixels); logits
     [B, classes] float32. Dropout (rng 'dropout') acts on the hidden layer, `conv_dropout` on whole
-    feature maps after each pooling. LeCun et al. 1998, "Gradient-based learning applied to document recognition".
+    feature maps after each pooling. LeCun et al. 1998, "Gradient-based learning applied to document
+    recognition".
     """
 
     classes: int
@@ -44,7 +45,7 @@ class CNN(nn.Module):
         """Returns logits [B, classes] in float32."""
         for i, features in enumerate(self.features):
             x_BHWC = Conv(features, dtype=self.dtype, name=f'conv_{i}')(x_BHWC)
-            # relu(max_pool(x)) = max_pool(relu(x)) with the same gradient, on a quarter of the pixels.
+            # relu(max_pool(x)) = max_pool(relu(x)), gradients too, on a quarter of the pixels.
             if min(x_BHWC.shape[1:3]) >= 4:
                 x_BHWC = max_pool(x_BHWC)
             x_BHWC = nn.relu(x_BHWC)

@@ -182,8 +182,8 @@ class GPT(nn.Module):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.width % self.heads:
-            good = max(h for h in range(1, self.heads) if self.width % h == 0)
+        if self.heads < 1 or self.width % self.heads:
+            good = max((h for h in range(1, self.heads) if self.width % h == 0), default=1)
             raise UsageError(
                 f'--heads={self.heads}: width {self.width} must be a multiple of heads; '
                 f'try --heads={good}'

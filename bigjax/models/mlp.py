@@ -3,6 +3,8 @@
 Legend: B rows, F features.
 """
 
+from itertools import pairwise
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -56,4 +58,4 @@ class MLP(nn.Module):
 def forward_flops(features: int, outputs: int, *, widths: tuple[int, ...] = (128, 128)) -> int:
     """Matrix-product FLOPs (2 × multiply-adds) of one row's forward pass."""
     sizes = (features, *widths, outputs)
-    return sum(2 * a * b for a, b in zip(sizes[:-1], sizes[1:], strict=True))
+    return sum(2 * a * b for a, b in pairwise(sizes))

@@ -1,8 +1,9 @@
 """Residual networks with BatchNorm: ResNet-18 to 152, and the 6n+2-layer form for small images.
 
-He et al. 2015, "Deep residual learning for image recognition". Bottleneck blocks stride in their 3×3 convolution
-("v1.5", as torchvision). Shortcuts that change shape are 1×1 convolutions (option B) in every form. The last
-BatchNorm scale of each block starts at zero (Goyal et al. 2017), so that every block starts as its shortcut.
+He et al. 2015, "Deep residual learning for image recognition". Bottleneck blocks stride in their
+3×3 convolution ("v1.5", as torchvision). Shortcuts that change shape are 1×1 convolutions (option
+B) in every form. The last BatchNorm scale of each block starts at zero (Goyal et al. 2017), so that
+every block starts as its shortcut.
 
 Legend: B batch, H W rows and columns, C channels.
 """
@@ -115,7 +116,7 @@ class ResNet(nn.Module):
 
 
 def size(depth: int, width: int = 0) -> tuple[tuple[int, ...], bool, int]:
-    """Blocks per stage, whether they are bottlenecks, and the first width; ValueError if unknown."""
+    """Blocks per stage, whether bottlenecks, and the first width; ValueError if unknown."""
     if depth not in SIZES:
         raise ValueError(
             f'--depth={depth}: a ResNet has one of {sorted(SIZES)} layers; try --depth=18'

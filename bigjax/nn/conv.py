@@ -1,10 +1,10 @@
 """Convolution: the one place convolutions are called from.
 
-`conv` chooses between XLA's own convolution and a form that is faster on CPUs for small images. Off the CPU it is always
-XLA's (`lax.conv_general_dilated`).
+`conv` chooses between XLA's own convolution and forms that are faster on CPUs. Off the CPU it is
+always XLA's (`lax.conv_general_dilated`).
 
-Legend: B batch, H W input rows and columns, P Q output rows and columns, I J kernel rows and columns, C input channels,
-O output channels, N = B·P·Q of one tap.
+Legend: B batch, H W input rows and columns, P Q output rows and columns, I J kernel rows and
+columns, C input channels, O output channels, N = B·P·Q of one kernel position.
 """
 
 from collections.abc import Sequence
@@ -32,9 +32,14 @@ def conv(
     """Two-dimensional cross-correlation of images [B, H, W, C] with a kernel [I, J, C, O].
 
     `padding` is 'SAME' (output size ⌈H / stride⌉), 'VALID', or ((top, bottom), (left, right)) in
-    pixels of zeros. `impl` None chooses by shape and backend; 'xla' is XLA's own convolution; 'taps'
-    sums one matrix product per kernel position. Returns [B, P, Q, O] in the dtype of the inputs,
-    which must agree. Raises ValueError for another `impl`, rank or channel count.
+    pixels of zeros. `impl` is one of
+      None: chosen by shape, dtype and backend;
+      'xla': XLA's own convolution;
+      'taps': the sum of one matrix product per kernel position, zero padding left out;
+      'taps_grad': XLA's convolution whose gradients are such sums;
+      'winograd': see `bigjax.nn.winograd`; 3×3, strides 1, one pixel of padding.
+    Returns [B, P, Q, O] in the dtype of the inputs, which must agree. Raises ValueError for another
+    `impl`, rank or channel count, or where 'winograd' does not apply.
     """
     if impl not in _IMPLS:
         raise ValueError(f'impl={impl!r} is not a convolution; use one of {_IMPLS}')
@@ -79,14 +84,12 @@ def _winograd_fits(w_shape, strides, pads) -> bool:
 def _choose(x_BHWC, w_IJCO, strides, pads) -> str:
     if jax.default_backend() != 'cpu':
         return 'xla'
-    # Measured on CPUs: XLA's convolution packs and pads small images slowly.
+    # Measured on CPUs: with 64 channels or more, XLA's own convolution packs and pads slowly.
     _, h, w, c = x_BHWC.shape
-    few = min(c, w_IJCO.shape[3])
-    full = x_BHWC.dtype == jnp.float32
-    if full and few >= 64 and h * w >= 16 and _winograd_fits(w_IJCO.shape, strides, pads):
-        return 'winograd'
-    if few < 64:
+    if x_BHWC.dtype != jnp.float32 or min(c, w_IJCO.shape[3]) < 64:
         return 'xla'
+    if h * w >= 16 and _winograd_fits(w_IJCO.shape, strides, pads):
+        return 'winograd'
     if w_IJCO.shape[:2] == (1, 1) or h * w <= 16:
         return 'taps'
     # XLA transposes the whole image for a kernel's gradient, and dilates for a strided input's.
@@ -94,7 +97,7 @@ def _choose(x_BHWC, w_IJCO, strides, pads) -> str:
 
 
 def _span(size: int, taps: int, stride: int, pads: tuple[int, int]) -> list[tuple[int, int, int]]:
-    """Per tap along one axis: output range [start, stop) that reads real pixels, and the first pixel."""
+    """Per tap along an axis: the outputs [start, stop) that read real pixels, and the first."""
     low, high = pads
     out = (size + low + high - taps) // stride + 1
     spans = []
@@ -125,7 +128,7 @@ def _out_size(size: int, taps: int, stride: int, pads: tuple[int, int]) -> int:
 
 
 def _place(part_BPQO, slices, size_PQ):
-    """Puts a block at strided slices of zeros of size_PQ, as a pad (which XLA fuses into the sum)."""
+    """Puts a block at (strided) slices of zeros of size_PQ, as a pad: XLA fuses it into a sum."""
     config = [(0, 0, 0)]
     for s, size in zip(slices, size_PQ, strict=True):
         step = s.step or 1
@@ -144,7 +147,7 @@ def _conv_taps(x_BHWC, w_IJCO, strides, pads, forward):
 
 
 def _sum_taps(x_BHWC, w_IJCO, strides, pads):
-    """Sum over kernel positions of (the pixels it reads) @ w[i, j], leaving the zero padding out."""
+    """Sum over kernel positions of (the pixels it reads) @ w[i, j], zero padding left out."""
     size_PQ = [
         _out_size(*a) for a in zip(x_BHWC.shape[1:3], w_IJCO.shape[:2], strides, pads, strict=True)
     ]
@@ -220,7 +223,7 @@ def conv_flops(
     kernel_size: tuple[int, int] = (3, 3),
     strides: tuple[int, int] = (1, 1),
 ) -> tuple[int, tuple[int, int]]:
-    """FLOPs (2 × multiply-adds, padding included) of one 'SAME' convolution of one image, and the output size."""
+    """FLOPs (2 × multiply-adds, padding included) and output size of a 'SAME' convolution."""
     size_PQ = (-(-size_HW[0] // strides[0]), -(-size_HW[1] // strides[1]))
     taps = kernel_size[0] * kernel_size[1]
     return 2 * size_PQ[0] * size_PQ[1] * taps * channels * features, size_PQ

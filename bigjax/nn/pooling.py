@@ -1,6 +1,7 @@
 """Spatial pooling of images [B, H, W, C].
 
-Legend: B batch, H W rows and columns, P Q pooled rows and columns, I J window rows and columns, C channels.
+Legend: B batch, H W rows and columns, P Q pooled rows and columns, I J window rows and columns, C
+channels.
 """
 
 import jax
@@ -57,8 +58,9 @@ def avg_pool(
 
 
 def global_avg_pool(x_BHWC: jax.Array) -> jax.Array:
-    """Mean over all pixels, summed in float32: [B, C] in the dtype of the input."""
-    return x_BHWC.mean(axis=(1, 2), dtype=jnp.float32).astype(x_BHWC.dtype)
+    """Mean over all pixels, summed in float32 at least: [B, C] in the dtype of the input."""
+    wide = jnp.promote_types(x_BHWC.dtype, jnp.float32)
+    return x_BHWC.mean(axis=(1, 2), dtype=wide).astype(x_BHWC.dtype)
 
 
 def _blocks(x_BHWC):

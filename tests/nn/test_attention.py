@@ -82,6 +82,24 @@ def test_cached_attention_equals_causal_attention_and_ignores_what_lies_behind()
     np.testing.assert_allclose(got, jnp.stack([full[0, 2:5], full[1, 4:7]]), atol=1e-6)
 
 
+@pytest.mark.parametrize(('impl', 'T'), [('xla', 8), ('blocked', 128)])
+def test_batch_and_heads_spread_over_devices_exchange_nothing(impl, T):
+    mesh = jax.make_mesh((2, 2), ('data', 'tensor'), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    spread = jax.NamedSharding(mesh, jax.P('data', None, 'tensor'))
+    qkv, g = inputs(T)
+
+    def run(q_BTHD, k_BTHD, v_BTHD, g_BTHD):
+        attend = lambda *qkv: attention(*qkv, causal=True, impl=impl)  # noqa: E731
+        y_BTHD, vjp = jax.vjp(attend, q_BTHD, k_BTHD, v_BTHD)
+        return y_BTHD, *vjp(g_BTHD)
+
+    jitted = jax.jit(run, in_shardings=(spread,) * 4, out_shardings=spread)
+    compiled = jitted.lower(*qkv, g).compile().as_text()
+    assert 'num_partitions=4' in compiled
+    for collective in ('all-gather', 'all-reduce', 'all-to-all', 'collective-permute'):
+        assert collective not in compiled
+
+
 @pytest.mark.parametrize(
     ('shapes', 'options', 'message'),
     [

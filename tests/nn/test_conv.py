@@ -50,6 +50,44 @@ def test_taps_equal_xla_with_gradients(size, kernel, stride, padding):
     _agree((2, *size, 3), (*kernel, 3, 4), (stride, stride), padding)
 
 
+@pytest.mark.parametrize('size', [(4, 4), (8, 8), (7, 6), (1, 9)])
+def test_winograd_equals_xla_with_gradients(size):
+    _agree((2, *size, 3), (3, 3, 3, 4), (1, 1), 'SAME', impl='winograd')
+
+
+def test_winograd_rounds_like_a_longer_sum():
+    x, w = _images((2, 8, 8, 64), dtype=np.float32), _images((3, 3, 64, 64), 1, np.float32)
+    plain, fast = conv(x, w, impl='xla'), conv(x, w, impl='winograd')
+    assert float(jnp.linalg.norm(fast - plain) / jnp.linalg.norm(plain)) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ('kernel', 'stride', 'padding'), [(5, 1, 'SAME'), (3, 2, 'SAME'), (3, 1, 'VALID')]
+)
+def test_winograd_refuses_other_convolutions(kernel, stride, padding):
+    x, w = jnp.zeros((1, 8, 8, 2)), jnp.zeros((kernel, kernel, 2, 2))
+    with pytest.raises(ValueError, match="impl='winograd' needs a 3×3 kernel"):
+        conv(x, w, strides=(stride, stride), padding=padding, impl='winograd')
+
+
+def test_taps_grad_equals_xla_with_gradients():
+    _agree((2, 6, 6, 3), (3, 3, 3, 4), (2, 2), ((1, 1), (1, 1)), impl='taps_grad')
+
+
+@pytest.mark.parametrize(
+    ('size', 'channels', 'kernel', 'stride'),
+    [(8, 64, 3, 1), (4, 64, 3, 2), (8, 64, 3, 2), (8, 64, 1, 2), (8, 4, 3, 1)],
+)
+def test_the_choice_agrees_with_xla(size, channels, kernel, stride):
+    x = _images((2, size, size, channels), dtype=np.float32)
+    w = _images((kernel, kernel, channels, channels), 1, np.float32)
+    pads = ((kernel // 2, kernel // 2),) * 2
+    chosen, plain = (
+        conv(x, w, strides=(stride, stride), padding=pads, impl=impl) for impl in (None, 'xla')
+    )
+    assert float(jnp.linalg.norm(chosen - plain) / jnp.linalg.norm(plain)) < 1e-5
+
+
 @pytest.mark.slow
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(st.data())

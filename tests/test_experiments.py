@@ -1,0 +1,85 @@
+"""Every file in experiments/: full size in shapes, and two real steps of a small one."""
+
+import jax
+import pytest
+
+from bigjax import experiment as experiments
+from bigjax import sharding, train
+from bigjax.metrics import read_metrics
+from bigjax.state import make_init
+
+NAMES = sorted(experiments.names())
+# What makes an experiment small; each sets those of these knobs that it has.
+SMALL = {'depth': 1, 'width': 16, 'heads': 2, 'seq': 16, 'hidden': 16, 'layers': 1, 'embed': 16}
+# Depths are a closed list there.
+SMALLEST = {'resnet': {'depth': 20, 'width': 8}}
+
+
+@pytest.fixture(scope='module')
+def data_dir(tmp_path_factory):
+    return tmp_path_factory.mktemp('data')
+
+
+@pytest.fixture(scope='module')
+def words(tmp_path_factory):
+    """A small text, so that no test prepares a whole corpus."""
+    file = tmp_path_factory.mktemp('text') / 'text.txt'
+    file.write_text(''.join(f'line {i} of a text\n' for i in range(500)))
+    return f'files:{file}'
+
+
+def load(name, data_dir, words, **knobs):
+    """Returns the experiment, on a small text where its default is a large one, and identity."""
+    function = experiments.find(name)
+    known = experiments.knobs(function)
+    knobs = {'data_dir': str(data_dir), **knobs}
+    if known['dataset'].default == 'stdlib':
+        knobs['dataset'] = words
+    knobs = {knob: value for knob, value in knobs.items() if knob in known}
+    return experiments.build(function, knobs), experiments.identity(name, function, knobs)
+
+
+def test_there_are_experiments():
+    assert {'gpt_stdlib', 'cnn', 'resnet'} <= set(NAMES)
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_docstring_tells_command_and_knobs_have_help(name):
+    function = experiments.find(name)
+    module_doc = __import__(function.__module__, fromlist=['_']).__doc__
+    assert f'python launch.py --experiment={name}' in module_doc
+    known = experiments.knobs(function)  # raises where a knob has no help, type or default
+    assert {'steps', 'batch', 'seed', 'eval_every', 'save_every', 'log_every'} <= known.keys()
+    for knob in known.values():
+        assert isinstance(knob.default, int | float | bool | str)
+        assert 0 < len(knob.help) <= 100
+
+
+@pytest.mark.parametrize('mesh', ['data=8', 'data=2,fsdp=2,tensor=2'])
+@pytest.mark.parametrize('name', NAMES)
+def test_full_size_has_a_place_for_every_parameter(name, mesh, data_dir, words):
+    experiment, _ = load(name, data_dir, words)
+    abstract = jax.eval_shape(make_init(experiment.task, experiment.optimizer, 0))
+    placed = sharding.make_mesh(mesh)
+    shardings = sharding.state_shardings(abstract, experiment.rules, placed)
+    assert jax.tree.leaves(abstract.params)
+    if placed.shape['tensor'] > 1:
+        whole = sharding.bytes_per_device(abstract, jax.tree.map(
+            lambda _: sharding.replicated(placed), abstract))  # fmt: skip
+        # At least half of the state is split, moments as well as parameters.
+        assert sharding.bytes_per_device(abstract, shardings) < 0.7 * whole
+
+
+@pytest.mark.parametrize(
+    'name', [pytest.param(n, marks=[pytest.mark.slow] * (n in SMALLEST)) for n in NAMES]
+)
+def test_two_steps_of_a_small_one(name, data_dir, words, tmp_path):
+    small = {'steps': 2, 'batch': 8, 'warmup': 0, 'log_every': 1, 'eval_batch': 64}
+    small |= {**SMALL, **SMALLEST.get(name, {})}
+    experiment, identity = load(name, data_dir, words, **small)
+    outcome = train.train(experiment, identity, tmp_path)
+    assert outcome.step == 2
+    records = list(read_metrics(tmp_path / 'metrics.jsonl'))
+    assert [r['step'] for r in records if 'set' not in r] == [1, 2]
+    assert all(r['loss'] > 0 for r in records)
+    assert {r['set'] for r in records if 'set' in r} == set(experiment.data.evals)

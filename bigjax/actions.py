@@ -12,7 +12,8 @@ import jax
 from bigjax import describe, generate, optimizers, report, train
 from bigjax.checkpoint import Checkpoints
 from bigjax.evaluate import Evaluator
-from bigjax.experiment import Experiment, Identity, UsageError
+from bigjax.experiment import Experiment, UsageError
+from bigjax.identity import Identity
 from bigjax.state import TrainState, setup
 
 

@@ -39,6 +39,10 @@ def differences(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str
     return sorted(lines)
 
 
+class SaveError(OSError):
+    """A checkpoint could not be written; the message names it, the cause and the last good one."""
+
+
 class Checkpoints:
     """The checkpoints of one run: the latest few and the best.
 
@@ -107,7 +111,7 @@ class Checkpoints:
             that is not a number is never the best.
 
         Raises:
-          OSError: this save or the one before failed; the message names the last good checkpoint.
+          SaveError: this save or the one before failed.
         """
         if self._writing is None and jax.process_index() == 0:
             # Not done on opening: another process may evaluate a run while this one saves it.
@@ -147,7 +151,7 @@ class Checkpoints:
         return loaded['state'], dict(metadata.custom_metadata or {})
 
     def wait(self) -> None:
-        """Blocks until the save in progress is complete; raises OSError if it failed."""
+        """Blocks until the save in progress is complete; raises SaveError if it failed."""
         with self._explained():
             self._checkpointer.wait()
 
@@ -168,7 +172,7 @@ class Checkpoints:
             number = re.search(r"os_error_code='(\d+)'", str(error))
             cause = os.strerror(int(number[1])) if number else str(error)
             good = max(self.steps(), default=None)
-            raise OSError(
+            raise SaveError(
                 f'--workdir={self.directory.parent}: checkpoint {self._writing} could not be '
                 f'written to {self.directory} ({cause}); '
                 + (

@@ -7,7 +7,8 @@ from typing import Any
 import jax
 
 from bigjax import metrics, sharding
-from bigjax.experiment import Experiment, Identity
+from bigjax.experiment import Experiment
+from bigjax.identity import Identity
 from bigjax.state import Setup
 
 

@@ -17,8 +17,9 @@ from bigjax.accumulate import make_gradient
 from bigjax.checkpoint import Checkpoints
 from bigjax.data import pipeline
 from bigjax.evaluate import Evaluator
-from bigjax.experiment import Experiment, Identity, Run, UsageError
+from bigjax.experiment import Experiment, Run, UsageError
 from bigjax.finite import stop_if_not_finite
+from bigjax.identity import Identity
 from bigjax.interrupt import catch_interrupts
 from bigjax.metrics import TimeSplit, Writer
 from bigjax.profile import Profile
@@ -84,7 +85,7 @@ def train(experiment: Experiment, identity: Identity, workdir: Path) -> Outcome:
     Raises:
       UsageError: something does not fit; raised before anything is compiled.
       FloatingPointError: a loss or gradient is not finite and `nonfinite` is `'stop'`.
-      OSError: a checkpoint could not be written.
+      bigjax.checkpoint.SaveError: a checkpoint could not be written.
     """
     run, task, times = experiment.run, experiment.task, TimeSplit()
 

@@ -18,12 +18,15 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import jax
 
+import launch
 from bigjax import experiment, sharding, train
+from bigjax import identity as identities
 from bigjax.data import pipeline
-from bigjax.experiment import Experiment, Identity
+from bigjax.experiment import Experiment
 from bigjax.state import make_init, setup
 
 ROUNDS = 5
+WARM = 10
 
 
 def bare_seconds(run: Experiment, steps: int) -> float:
@@ -52,34 +55,46 @@ def bare_seconds(run: Experiment, steps: int) -> float:
         return (time.perf_counter() - start) / steps
 
 
-def loop_seconds(run: Experiment, identity: Identity, steps: int) -> tuple[float, float]:
-    """Returns seconds a step of `train` without compilation and evaluation, and of waiting."""
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
-        spent: dict[str, Any] = train.train(run, identity, Path(folder)).times.seconds()
-    return (spent['step'] + spent['input']) / (steps - 1), spent['input'] / (steps - 1)
+def loop_seconds(name: str, knobs: dict[str, Any], steps: int) -> tuple[float, float]:
+    """Returns seconds a step in `train`, and those of them spent waiting for input.
+
+    They are the difference of a long and a short run: what happens once is in neither.
+    """
+    function = experiment.find(name)
+    spent = []
+    for count in (WARM, WARM + steps):
+        knobs = {**knobs, 'steps': count}
+        run = experiment.build(function, knobs)
+        identity = identities.identity(name, function, knobs)
+        with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
+            spent.append(train.train(run, identity, Path(folder)).times.seconds())
+    step, wait = ((spent[1][use] - spent[0][use]) / steps for use in ('step', 'input'))
+    return step + wait, wait
 
 
 def main() -> None:
     """Measures the experiment and prints three figures."""
+    launch.prepare_process()
     given = dict(arg.removeprefix('--').split('=', 1) for arg in sys.argv[1:])
     name = given.pop('experiment', 'gpt_stdlib')
     function = experiment.find(name)
     known = experiment.knobs(function)
-    plain = {'steps': 300, 'eval_every': 0, 'save_every': 0}
-    knobs = plain | {k: type(known[k].default)(value) for k, value in given.items()}
+    knobs = {'eval_every': 0, 'save_every': 0, 'warmup': 0}
+    knobs |= {k: type(known[k].default)(value) for k, value in given.items()}
+    steps = int(knobs.pop('steps', 200))
     run = experiment.build(function, knobs)
-    identity = experiment.identity(name, function, knobs)
     bare, loop, wait = [], [], []
     for _ in range(ROUNDS):
-        bare.append(bare_seconds(run, run.run.steps))
-        step_seconds, input_seconds = loop_seconds(run, identity, run.run.steps)
+        bare.append(bare_seconds(run, steps))
+        step_seconds, input_seconds = loop_seconds(name, knobs, steps)
         loop.append(step_seconds)
         wait.append(input_seconds / step_seconds)
     bare_ms, loop_ms = (1e3 * statistics.median(seconds) for seconds in (bare, loop))
-    print(f'{name}, {run.run.steps} steps, median of {ROUNDS} rounds')
+    print(f'{name}, {steps} steps, median of {ROUNDS} rounds')
     print(f'bare {bare_ms:.3f} ms/step, loop {loop_ms:.3f} ms/step ({loop_ms / bare_ms - 1:+.1%})')
     print(f'waiting for input {statistics.median(wait):.2%} of the loop')
-    print('bare', [f'{1e3 * s:.3f}' for s in bare], 'loop', [f'{1e3 * s:.3f}' for s in loop])
+    for title, seconds in (('bare', bare), ('loop', loop)):
+        print(title, ' '.join(f'{1e3 * s:.3f}' for s in seconds))
 
 
 if __name__ == '__main__':

@@ -11,7 +11,8 @@ from bigjax import describe, sharding
 from bigjax import task as tasks
 from bigjax.data.card import Card
 from bigjax.data.pipeline import ArrayRecords
-from bigjax.experiment import Data, Experiment, Identity, Run
+from bigjax.experiment import Data, Experiment, Run
+from bigjax.identity import Identity
 from bigjax.models import gpt
 from bigjax.optimizers import Optim, make_optimizer
 from bigjax.state import setup

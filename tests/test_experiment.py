@@ -11,7 +11,9 @@ from typing import Literal
 import pytest
 
 from bigjax import experiment
-from bigjax.experiment import Identity, Run, Sample, UsageError
+from bigjax import identity as identities
+from bigjax.experiment import Run, Sample, UsageError
+from bigjax.identity import Identity
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +50,7 @@ def toy(
 
 
 def identity(**values) -> Identity:
-    return experiment.identity('toy', toy, values)
+    return identities.identity('toy', toy, values)
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ import jax
 import pytest
 
 from bigjax import experiment as experiments
+from bigjax import identity as identities
 from bigjax import sharding, train
 from bigjax.metrics import read_metrics
 from bigjax.state import make_init
@@ -36,7 +37,7 @@ def load(name, data_dir, words, **knobs):
     if known['dataset'].default == 'stdlib':
         knobs['dataset'] = words
     knobs = {knob: value for knob, value in knobs.items() if knob in known}
-    return experiments.build(function, knobs), experiments.identity(name, function, knobs)
+    return experiments.build(function, knobs), identities.identity(name, function, knobs)
 
 
 def test_there_are_experiments():

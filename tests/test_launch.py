@@ -220,11 +220,22 @@ def test_training_that_diverges_is_told_without_a_traceback(launch, tmp_path):
 
 
 def test_data_set_that_is_not_prepared(launch, tmp_path):
-    done = launch('--experiment=cnn', '--dataset=tfds:no_such_set', f'--data_dir={tmp_path}')
-    assert done.code == 1
-    assert done.out == ''
-    assert done.err.startswith('launch.py: --dataset=tfds:no_such_set: ')
-    assert 'Traceback' not in done.err
+    flags = (f'--data_dir={tmp_path}', f'--workdir={tmp_path / "run"}')
+    assert launch('--experiment=cnn', '--dataset=tfds:fashion_mnist', *flags) == Done(
+        1,
+        '',
+        f'launch.py: --dataset=tfds:fashion_mnist: not prepared under --data_dir={tmp_path}; on a '
+        'machine with a network run\n'
+        "  python -c \"import tensorflow_datasets as tfds; tfds.builder('fashion_mnist', "
+        "data_dir='DIR', file_format='array_record').download_and_prepare()\"\n"
+        f'and copy DIR/fashion_mnist to {tmp_path}/fashion_mnist\n',
+    )
+    assert launch('--experiment=cnn', '--dataset=tfds:no_such_set', *flags) == Done(
+        1,
+        '',
+        'launch.py: --dataset=tfds:no_such_set: TFDS has no set of this name and none is prepared '
+        f'under --data_dir={tmp_path}; its sets are listed on tensorflow.org/datasets/catalog\n',
+    )
 
 
 def test_describe_prints_one_object_and_does_nothing(launch, gpt, tmp_path):

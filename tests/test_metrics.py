@@ -1,5 +1,6 @@
 """metrics.jsonl, the lines and the bar a person sees, and the accounts of time."""
 
+import contextlib
 import io
 import json
 
@@ -188,7 +189,7 @@ def test_time_is_accounted_exactly_once():
         with split('input'):
             clock.now += 4
         clock.now += 8
-    with pytest.raises(RuntimeError), split('checkpoint'):
+    with contextlib.suppress(RuntimeError), split('checkpoint'):
         clock.now += 16
         raise RuntimeError
     clock.now += 32

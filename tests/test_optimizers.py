@@ -48,7 +48,7 @@ def small_params():
 
 
 def run(optim, params, gradient, steps):
-    """Updates with gradient(step, params); returns the parameters after each step, and the state."""
+    """Updates with gradient(step, params); returns the parameters after each step and the state."""
     optimizer, _ = make_optimizer(optim, steps=steps)
     state = optimizer.init(params)
     seen = []
@@ -79,7 +79,7 @@ def test_schedule_end_points(schedule):
 
 @pytest.mark.parametrize('optimizer', OPTIMIZERS)
 def test_every_optimizer_reduces_a_quadratic(optimizer):
-    rate = {'sgd': 0.1, 'adafactor': 0.1}.get(optimizer, 0.02)
+    rate = {'sgd': 0.1, 'adafactor': 0.1, 'muon': 0.1}.get(optimizer, 0.02)
     knobs = {'peak_lr': rate, 'warmup': 5, 'end_lr': 0.0, 'momentum': 0.9}
     optim = Optim(optimizer=optimizer, schedule='warmup_linear', **knobs)
     optimizer, _ = make_optimizer(optim, steps=150)
@@ -150,16 +150,16 @@ def test_penalties_join_the_gradient_before_clipping():
     np.testing.assert_allclose(after['kernel'], [[3 - 0.1 * 0.8, -4 + 0.1 * 0.9]], rtol=1e-6)
     np.testing.assert_allclose(after['bias'], 2.0)
     (after,), _ = run(plain(l1=0.5, l2=0.1, clip=0.01), params, lambda *_: zero, 1)
-    moved = optax.global_norm(jax.tree.map(jnp.subtract, after, params))
+    moved = optax.tree.norm(jax.tree.map(jnp.subtract, after, params))
     np.testing.assert_allclose(moved, 0.1 * 0.01, rtol=1e-3)
 
 
 def test_clip_bounds_the_global_norm_and_leaves_small_gradients_alone():
     params = small_params()
     for norm, moved in ((10.0, 1.0), (0.5, 0.5)):
-        scale = norm / optax.global_norm(params)
+        scale = norm / optax.tree.norm(params)
         (after,), _ = run(plain(clip=1.0), params, lambda _, p: optax.tree.scale(scale, p), 1)  # noqa: B023
-        step = optax.global_norm(jax.tree.map(jnp.subtract, after, params))
+        step = optax.tree.norm(jax.tree.map(jnp.subtract, after, params))
         np.testing.assert_allclose(step, 0.1 * moved, rtol=1e-5)
 
 
@@ -264,7 +264,7 @@ def test_skip_leaves_everything_as_it_was():
         jax.tree.map(np.testing.assert_array_equal, state.inner_state, kept)
     assert skipped_updates(state) == 8
     updates, state = update(params, state, good)
-    assert optax.global_norm(updates) > 0
+    assert optax.tree.norm(updates) > 0
 
 
 @pytest.mark.parametrize('optimizer', set(OPTIMIZERS) - {'adafactor'})

@@ -43,11 +43,11 @@ def test_summary_word_for_word():
         }
     )  # fmt: skip
     assert text == (
-        'embed                                     100   10.0%\n'
-        'block_0 … block_2 (3 × 290)               870   87.0%\n'
-        'norm                                       30    3.0%\n'
+        'embed                                    100   10.0%\n'
+        'block_0 … block_2 (3 × 290)              870   87.0%\n'
+        'norm                                      30    3.0%\n'
         '────────────────────────────────────────────────────\n'
-        'parameters                              1,000\n'
+        'parameters                             1,000\n'
         '\n'
         'experiment          gpt\n'
         'knobs               depth=3 peak_lr=0.001\n'

@@ -26,6 +26,7 @@ from bigjax import distributed, experiment, train
 from bigjax.data.card import Card
 from bigjax.data.pipeline import ArrayRecords
 from bigjax.experiment import Data, Experiment, Run
+from bigjax.identity import Identity, identity
 from bigjax.nn.linear import Dense
 from bigjax.optimizers import Optim, make_optimizer
 from bigjax.sharding import path_string
@@ -128,9 +129,9 @@ def toy(
     )
 
 
-def build(**knobs: Any) -> tuple[Experiment, experiment.Identity]:
+def build(**knobs: Any) -> tuple[Experiment, Identity]:
     """Returns the toy with some knobs set, and its identity."""
-    return experiment.build(toy, knobs), experiment.identity('toy', toy, knobs)
+    return experiment.build(toy, knobs), identity('toy', toy, knobs)
 
 
 def fit(workdir: Path, **knobs: Any) -> train.Outcome:
@@ -174,6 +175,8 @@ def start(
     """Starts `run` in a child process with so many devices; ends of stdout and stderr are pipes."""
     root = str(Path(__file__).parent.parent)
     environ = {'PYTHONPATH': root, 'JAX_PLATFORMS': 'cpu', 'JAX_NUM_CPU_DEVICES': str(devices)}
+    if 'coordinator' in options:  # Else it would listen to the whole network.
+        environ['JAX_COORDINATOR_BIND_ADDRESS'] = options['coordinator']
     return subprocess.Popen(
         [sys.executable, __file__, str(workdir), json.dumps(knobs), json.dumps(options)],
         env={**os.environ, **environ},

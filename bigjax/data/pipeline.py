@@ -5,6 +5,7 @@ share it, nor on where a run was resumed.
 """
 
 import dataclasses
+import signal
 from collections.abc import Callable, Iterator
 from typing import Protocol
 
@@ -132,8 +133,13 @@ def iterate(
         processes = grain.MultiprocessingOptions(
             num_workers=workers, per_worker_buffer_size=max(prefetch, 1)
         )
-        stream = stream.mp_prefetch(processes)
+        stream = stream.mp_prefetch(processes, worker_init_fn=_leave_interrupts)
     return iter(stream)
+
+
+def _leave_interrupts(worker: int, workers: int) -> None:
+    """Ctrl-C reaches every process of a terminal; the loop still needs its data to end a step."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def check_batch(records: Records, batch: int, process_count: int) -> None:

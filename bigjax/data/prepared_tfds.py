@@ -36,7 +36,8 @@ def open_builder(name: str, *, data_dir: str) -> tfds.core.DatasetBuilder:
     folder = name.split('/')[0].split(':')[0]
     if not builder.info.splits:
         raise UsageError(
-            f'{flag}: not prepared under --data_dir={data_dir}; on a machine with a network run\n'
+            f'{flag}: not prepared under --data_dir={data_dir}; on a machine with a network, '
+            f'and TensorFlow if the set asks for it, run\n'
             f'  {command}\nand copy DIR/{folder} to {data_dir}/{folder}'
         )
     if builder.info.file_format != tfds.core.file_adapters.FileFormat.ARRAY_RECORD:

@@ -18,8 +18,8 @@ RULES = (
     (r'recurrent_kernel$', (None, None)),
     (r'lstm_\d+/\w+_kernel$', ('embed', None)),
     (r'lstm_\d+/\w+_bias$', (None,)),
-    (r'head/kernel$', ('embed', 'vocab')),
-    (r'head/bias$', ('vocab',)),
+    (r'head/kernel$', ('embed', None)),
+    (r'head/bias$', (None,)),
 )
 
 

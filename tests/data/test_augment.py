@@ -8,8 +8,11 @@ def examples():
     return {'image': pixels, 'label': np.arange(200)}
 
 
-def uniform(k, rng=np.random.default_rng(1)):
-    return rng.random((200, k))
+RNG = np.random.default_rng(1)
+
+
+def uniform(k):
+    return RNG.random((200, k))
 
 
 def test_flip_mirrors_about_half_of_the_rows_and_nothing_else():

@@ -203,7 +203,8 @@ def test_the_same_text_is_never_on_both_sides(tmp_path):
         (
             'text,label\na,1\nb,1\n',
             {},
-            "--dataset=csv:{path}: all examples have the label '1'; a classifier needs at least two",
+            "--dataset=csv:{path}: all examples have the label '1'; a classifier needs at least "
+            'two',
         ),
         (
             'text,label\na,1\na,2\n',

@@ -149,10 +149,7 @@ def test_folder_errors(tmp_path):
     write_images(folder)
     damaged = folder / 'dog/3.png'
     damaged.write_bytes(damaged.read_bytes()[:40])
-    assert message() == (
-        f'--dataset=images:{folder}: dog/3.png is not a readable image (OSError); replace or '
-        'remove it'
-    ) or message().startswith(f'--dataset=images:{folder}: dog/3.png is not a readable image (')
+    assert message().startswith(f'--dataset=images:{folder}: dog/3.png is not a readable image (')
     Image.new('RGB', (20, 20)).save(damaged)
     assert re.fullmatch(
         re.escape(f'--dataset=images:{folder}: dog/3.png is 20 x 20 where cat/')

@@ -163,7 +163,7 @@ def test_an_error_while_reading_ahead_arrives():
         def take(self, indices):
             raise UsageError('cat.png is not a readable image')
 
-    with pytest.raises(UsageError, match='cat.png is not a readable image'):
+    with pytest.raises(UsageError, match='is not a readable image'):
         next(iterate(train_batches(Damaged(), batch=2, seed=0)))
 
 

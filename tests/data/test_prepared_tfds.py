@@ -6,6 +6,7 @@ import sys
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+from PIL import Image
 
 from bigjax.data.classification import open_classification
 from bigjax.data.images import open_images
@@ -38,7 +39,10 @@ with tfds.core.registered.skip_registration():
 
         def _generate_examples(self, count):
             for n in range(count):
-                image = np.full((5, 4, 1), 5 * n, np.uint8)
+                # Only images that are already encoded can be written without TensorFlow.
+                image = io.BytesIO()
+                Image.new('L', (4, 5), 5 * n).save(image, 'png')
+                image.seek(0)
                 yield n, {'image': image, 'label': int(n >= count / 2), 'text': f'square {n}'}
 
 
@@ -79,7 +83,7 @@ def test_texts(data_dir):
 def test_absent_set_says_what_to_run(tmp_path):
     message = (
         f'--dataset=tfds:fashion_mnist: not prepared under --data_dir={tmp_path}; on a machine '
-        'with a network run\n'
+        'with a network, and TensorFlow if the set asks for it, run\n'
         "  python -c \"import tensorflow_datasets as tfds; tfds.builder('fashion_mnist', "
         "data_dir='DIR', file_format='array_record').download_and_prepare()\"\n"
         f'and copy DIR/fashion_mnist to {tmp_path}/fashion_mnist'

@@ -294,5 +294,6 @@ def load(name: str, **values: Any) -> Experiment:
     function = find(name)
     known = knobs(function)
     if unknown := min(values.keys() - known.keys(), default=None):
-        raise UsageError(f'--{unknown}: {name} has no such knob; try --{_nearest(unknown, known)}')
+        near = difflib.get_close_matches(unknown, known, n=1, cutoff=0)[0]
+        raise UsageError(f'--{unknown}: {name} has no such knob; try --{near}')
     return build(function, values)

@@ -1,6 +1,7 @@
 """What `--action` does: train, evaluate, generate, describe; and what a person is told after it."""
 
 import json
+import os
 import shlex
 import signal
 import sys
@@ -71,9 +72,9 @@ def _train(experiment: Experiment, identity: Identity, workdir: Path) -> int:
         return 128 + outcome.signal
     if jax.process_index() == 0:
         curves = report.learning_curves(workdir)
+        assert outcome.scores is not None  # only a signal leaves them out
         _print_scores(experiment, outcome.step, outcome.scores)
-    if experiment.task.decoder:
-        _print_samples(experiment, outcome.state, sys.stderr)
+    _print_samples(experiment, outcome.state, sys.stderr)
     _tell(outcome.times.summary())
     if jax.process_index() == 0:
         _tell(f'learning curves: {curves}')
@@ -83,10 +84,12 @@ def _train(experiment: Experiment, identity: Identity, workdir: Path) -> int:
 
 
 def _command(identity: Identity, workdir: Path) -> str:
-    """Returns the command line that goes on with a run, to be pasted from any folder."""
+    """Returns the command line that goes on with a run, to be pasted where this one was typed."""
     flags = [f'--{name}={identity.knobs[name]}' for name in identity.changed]
     words = [sys.argv[0], f'--experiment={identity.experiment}', *flags, f'--workdir={workdir}']
-    return shlex.join(['python', *words])
+    # The very interpreter: the environment it belongs to need not be activated.
+    python = os.path.relpath(sys.executable)
+    return shlex.join([sys.executable if python.startswith('..') else python, *words])
 
 
 def _print_scores(experiment: Experiment, step: int, scores: dict[str, dict[str, Any]]) -> None:
@@ -94,9 +97,8 @@ def _print_scores(experiment: Experiment, step: int, scores: dict[str, dict[str,
     for name, metrics in scores.items():
         _tell(f'\n{name} after step {step}')
         if 'confusion' in metrics:
-            text = report.classification_report(metrics['confusion'], experiment.task.class_names)[
-                1
-            ]
+            names = experiment.task.class_names
+            text = report.classification_report(metrics['confusion'], names)[1]
             text += f'\nloss {metrics["loss"]:.4f}'
         elif 'bits_per_byte' in metrics:
             text = report.language_model_report(float(metrics['loss']))[1]
@@ -107,10 +109,12 @@ def _print_scores(experiment: Experiment, step: int, scores: dict[str, dict[str,
 
 
 def _print_samples(experiment: Experiment, state: TrainState, file: Any) -> None:
+    """Writes texts drawn from a language model; does nothing for any other model."""
+    decoder = experiment.task.decoder
+    if decoder is None:
+        return
     params = optimizers.evaluation_params(state.params, state.opt_state)
-    texts = generate.generate_text(
-        experiment.task.decoder, experiment.tokenizer, params, experiment.sample
-    )
+    texts = generate.generate_text(decoder, experiment.tokenizer, params, experiment.sample)
     if jax.process_index() == 0:
         for text in texts:
             print(f'{"-" * 20} sample {"-" * 20}\n{text}', file=file)

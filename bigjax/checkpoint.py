@@ -82,13 +82,13 @@ class Checkpoints:
         Raises:
           UsageError: there is no such checkpoint.
         """
-        steps = self.steps()
-        if not steps:
+        steps, best = self.steps(), self.best()
+        if best is None:
             raise UsageError(
                 f'--workdir={self.directory.parent}: holds no checkpoint yet; '
                 f'train first, with --action=train'
             )
-        named = {'latest': max(steps), 'best': self.best(), **{str(s): s for s in steps}}
+        named = {'latest': max(steps), 'best': best, **{str(s): s for s in steps}}
         if which not in named:
             raise UsageError(
                 f'--checkpoint={which}: must be latest, best or one of '

@@ -41,8 +41,7 @@ def join(
     Raises:
       UsageError: the three flags are not given together, or do not fit.
     """
-    given = (coordinator, processes, process_id)
-    if given == (None, None, None):
+    if coordinator is None and processes is None and process_id is None:
         if announced(environ):
             count, rank = environ.get('JAX_NUM_PROCESSES'), environ.get('JAX_PROCESS_ID')
             jax.distributed.initialize(
@@ -50,7 +49,7 @@ def join(
                 process_id=int(rank) if rank else None,
             )
         return
-    if None in given:
+    if coordinator is None or processes is None or process_id is None:
         raise UsageError(
             '--coordinator, --processes and --process_id: must be given together; try '
             '--coordinator=localhost:9876 --processes=2 --process_id=0'

@@ -94,9 +94,10 @@ class Evaluator:
                 process_index=jax.process_index(),
                 process_count=jax.process_count(),
             )
-            batches = pipeline.iterate(dataset, start=0, stop=len(dataset))
-            sharded = (sharding.shard_batch(batch, placed) for batch in batches)
-            scores[name] = evaluate(self._eval_step, params, state.extra, sharded)
+            batches = pipeline.iterate(
+                dataset, place=lambda batch: sharding.shard_batch(batch, placed)
+            )
+            scores[name] = evaluate(self._eval_step, params, state.extra, batches)
         return scores
 
     def badness(self, scores: Mapping[str, Mapping[str, np.ndarray]]) -> float:

@@ -46,7 +46,7 @@ class Run:
       monitor: what "best" means, as SET/METRIC; accuracies are better high, all else low
       patience: evaluations without a better --monitor before training stops early; 0 never stops
       accumulate: microbatches that one step's batch is computed in, to save memory
-      steps_per_call: steps scanned in one call of the compiled program
+      steps_per_call: steps scanned in one call of the compiled program; slow for CNNs on a CPU
       mesh: devices per axis, such as data=2,fsdp=2,tensor=2; one axis may be -1 (what is left)
       workers: processes that prepare data; 0 uses threads
       data_dir: where data sets are prepared and looked for
@@ -188,7 +188,7 @@ class Experiment:
     rules: 'Sequence[Rule]'
     run: Run
     augment: 'Augment | None' = None
-    sample: Sample | None = None
+    sample: Sample = Sample()
     tokenizer: Any = None
     nonfinite: str = 'stop'
 
@@ -251,11 +251,11 @@ def knobs(function: Callable[..., Experiment]) -> dict[str, Knob]:
     found: dict[str, Knob] = {}
 
     def add(name: str, default: Any, source: Any, group: str, free: bool = False) -> None:
-        type_, line = typing.get_type_hints(source).get(name), _help(source.__doc__).get(name)
+        type_, line = typing.get_type_hints(source).get(name), _help(source.__doc__).get(name, '')
         for lacks, what in (
             (type_ is None, 'a type annotation'),
             (default is inspect.Parameter.empty, 'a default'),
-            (line is None, f'a line "{name}: what it is" in the docstring of {source.__name__}'),
+            (not line, f'a line "{name}: what it is" in the docstring of {source.__name__}'),
             (name in found, f'a name of its own: {name in found and found[name].group} has it'),
         ):
             if lacks:

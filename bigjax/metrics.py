@@ -170,9 +170,10 @@ class Writer:
         self._split = split or TimeSplit()
         self._active = active
         self._last = resume_step
-        self._first = self._mark = None
-        self._event_writer = None
-        self._bar = None
+        self._first: tuple[int, float] | None = None
+        self._mark: tuple[int, float] | None = None
+        self._event_writer: Any = None
+        self._bar: tqdm | None = None
         if not active:
             return
         self._workdir = Path(workdir)

@@ -29,9 +29,9 @@ def summary_table(description: Mapping[str, Any]) -> str:
             examples_per_step, tokens_per_step, mesh {axis: size}, state_bytes_per_device,
             data {name, sizes {set: rows}}, devices, workdir.
     """
-    total = description.get('parameters')
     lines = []
     if modules := description.get('parameters_by_module'):
+        total = description['parameters']
         rows = _module_rows(modules)
         left = max(len('parameters'), *(len(name) for name, _ in rows))
         lines += [f'{name:<{left}}  {count:>15,}  {count / total:6.1%}' for name, count in rows]

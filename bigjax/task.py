@@ -107,7 +107,7 @@ def classification(
 
     def init(key: jax.Array) -> dict[str, Any]:
         inputs = preprocess(jnp.zeros((1, *example.shape), example.dtype))
-        return model.init(key, inputs, train=False)
+        return dict(model.init(key, inputs, train=False))
 
     def loss(params, extra, batch, key, train):
         logits_BC, extra = _apply(model, params, extra, preprocess(batch[inputs]), key, train)
@@ -137,7 +137,7 @@ def regression(model: nn.Module, *, features: int, forward_flops: int) -> Task:
     """
 
     def init(key: jax.Array) -> dict[str, Any]:
-        return model.init(key, jnp.zeros((1, features)), train=False)
+        return dict(model.init(key, jnp.zeros((1, features)), train=False))
 
     def loss(params, extra, batch, key, train):
         prediction_B1, extra = _apply(model, params, extra, batch['features'], key, train)
@@ -175,7 +175,7 @@ def causal_lm(
     """
 
     def init(key: jax.Array) -> dict[str, Any]:
-        return model.init(key, jnp.zeros((1, length), jnp.int32), train=False)
+        return dict(model.init(key, jnp.zeros((1, length), jnp.int32), train=False))
 
     def loss(params, extra, batch, key, train):
         tokens_BT, targets_BT = batch['tokens'][:, :-1], batch['tokens'][:, 1:]

@@ -124,7 +124,7 @@ def add_penalties(l1: float, l2: float, mask: Callable) -> optax.GradientTransfo
 class AverageState(NamedTuple):
     """State of `average_weights`; `average` has the structure and dtypes of params."""
 
-    count: jax.Array
+    count: jax.Array  # type: ignore[assignment]  # optax's name for it; hides tuple.count
     average: optax.Params
     inner: optax.OptState
 

@@ -47,8 +47,14 @@ def experiment(
     """
     data = open_images(dataset, data_dir=run.data_dir, image_size=image_size)
     height, image_width, channels = data.image_shape
-    shape = {'depth': depth, 'width': width, 'small_stem': max(height, image_width) <= 64}
-    model = resnet.ResNet(classes=data.num_classes, dtype=jnp.dtype(dtype), **shape)
+    small_stem = max(height, image_width) <= 64
+    model = resnet.ResNet(
+        classes=data.num_classes,
+        depth=depth,
+        width=width,
+        small_stem=small_stem,
+        dtype=jnp.dtype(dtype),
+    )
     optimizer, schedule = make_optimizer(optim, steps=run.steps)
     return Experiment(
         task=classification(
@@ -57,7 +63,12 @@ def experiment(
             example=jax.ShapeDtypeStruct(data.image_shape, jnp.uint8),
             class_names=data.class_names,
             forward_flops=resnet.forward_flops(
-                (height, image_width), channels, data.num_classes, **shape
+                (height, image_width),
+                channels,
+                data.num_classes,
+                depth=depth,
+                width=width,
+                small_stem=small_stem,
             ),
             unit='images',
             label_smoothing=label_smoothing,

@@ -107,7 +107,9 @@ def open_classification(
     about = load_json(folder / 'about.json')
     train, test = (
         TokenRows(
-            *(MappedArray(folder / f'{split}-{part}.npy') for part in ('tokens', 'ends', 'label')),
+            tokens=MappedArray(folder / f'{split}-tokens.npy'),
+            ends=MappedArray(folder / f'{split}-ends.npy'),
+            label=MappedArray(folder / f'{split}-label.npy'),
             seq=seq,
         )
         for split in ('train', 'test')

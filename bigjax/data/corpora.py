@@ -6,7 +6,7 @@ import hashlib
 import os
 import platform
 import sysconfig
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from bigjax.data.card import Card
@@ -106,7 +106,7 @@ def nearest_boundary(sizes: list[int]) -> int:
     return best
 
 
-def fingerprint(values: object) -> str:
+def fingerprint(values: Iterable[object]) -> str:
     """Returns ten hexadecimal digits that tell one list of values from another."""
     text = '\n'.join(repr(value) for value in values)
     return hashlib.sha256(text.encode()).hexdigest()[:10]
@@ -157,7 +157,7 @@ Piece = tuple[str, int, int | None]
 def split_files(paths: list[str], sizes: list[int]) -> tuple[list[Piece], list[Piece]]:
     """Returns (path, first byte, end) of the training and of the validation text."""
     boundary, total = nearest_boundary(sizes), sum(sizes)
-    whole = [(path, 0, None) for path in paths]
+    whole: list[Piece] = [(path, 0, None) for path in paths]
     if 0.8 <= sum(sizes[:boundary]) / total <= 0.95:
         return whole[:boundary], whole[boundary:]
     # The file in which 90 % of the bytes are passed is cut at a line end.

@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -54,14 +54,14 @@ class FileImages:
         height, width, channels = self.shape
         path = os.path.join(self.folder, name)
         try:
-            with Image.open(path) as image:
-                if not self.resize and image.size != (width, height):
+            with Image.open(path) as file:
+                if not self.resize and file.size != (width, height):
                     raise UsageError(
-                        f'--dataset=images:{self.folder}: {name} is {image.width} x '
-                        f'{image.height} where {self.paths[0]} is {width} x {height}; '
+                        f'--dataset=images:{self.folder}: {name} is {file.width} x '
+                        f'{file.height} where {self.paths[0]} is {width} x {height}; '
                         f'try --image_size={min(width, height)}'
                     )
-                image = image.convert('L' if channels == 1 else 'RGB')
+                image = file.convert('L' if channels == 1 else 'RGB')
                 if image.size != (width, height):
                     image = ImageOps.fit(image, (width, height))
                 return np.asarray(image, np.uint8).reshape(self.shape)
@@ -86,7 +86,7 @@ def open_folders(folder: str, *, data_dir: str, image_size: int) -> ImageData:
     height, width, channels = image_shape(folder, [path for path, _ in splits['train']])
     if image_size:
         height = width = image_size
-    records = {
+    records: Mapping[str, Records] = {
         split: FileImages(
             folder,
             tuple(path for path, _ in files),
@@ -145,11 +145,11 @@ def list_images(folder: str) -> tuple[dict[str, list[tuple[str, int]]], tuple[st
         classes = subfolders(folder)
         splits = {'train': [], 'test': []}
         for label, name in enumerate(classes):
-            files = image_files(os.path.join(folder, name))
-            files = sorted(files, key=lambda file: hashlib.sha256(file.encode()).digest())
-            fifth = len(files) // 5
-            splits['test'] += [(f'{name}/{file}', label) for file in sorted(files[:fifth])]
-            splits['train'] += [(f'{name}/{file}', label) for file in sorted(files[fifth:])]
+            found = image_files(os.path.join(folder, name))
+            found = sorted(found, key=lambda file: hashlib.sha256(file.encode()).digest())
+            fifth = len(found) // 5
+            splits['test'] += [(f'{name}/{file}', label) for file in sorted(found[:fifth])]
+            splits['train'] += [(f'{name}/{file}', label) for file in sorted(found[fifth:])]
     for split, files in splits.items():
         if not files:
             raise UsageError(
@@ -174,21 +174,24 @@ def image_files(folder: str) -> list[str]:
 
 def image_shape(folder: str, paths: list[str]) -> tuple[int, int, int]:
     """Returns the shape of the first image; in colour if any of some evenly spaced ones is."""
-    channels, size = 1, None
+    channels, sizes = 1, []
     for place in np.unique(np.linspace(0, len(paths) - 1, COLOUR_FILES).astype(np.int64)):
         try:
             with Image.open(os.path.join(folder, paths[place])) as image:
-                size = size or image.size
+                sizes.append(image.size)
                 channels = max(channels, 1 if image.mode in GREY_MODES else 3)
         except (OSError, SyntaxError) as error:
             raise UsageError(
                 f'--dataset=images:{folder}: {paths[place]} is not a readable image '
                 f'({type(error).__name__}); replace or remove it'
             ) from error
-    return size[1], size[0], channels
+    width, height = sizes[0]
+    return height, width, channels
 
 
-def decoded_once(records: dict[str, Records], *, data_dir: str, name: str) -> dict[str, Records]:
+def decoded_once(
+    records: Mapping[str, Records], *, data_dir: str, name: str
+) -> dict[str, ArrayRecords]:
     """Returns `records` decoded into files under `data_dir` and mapped into memory."""
 
     def write(made: Path) -> None:

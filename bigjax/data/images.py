@@ -47,7 +47,8 @@ class ImageData:
         """Mean and standard deviation of the training pixels, each float32 [C], in 0 .. 255."""
         size = len(self.train)
         chosen = np.unique(np.linspace(0, size - 1, min(size, STATISTICS_IMAGES)).astype(np.int64))
-        total, squares, count = 0.0, 0.0, 0
+        total = squares = np.zeros(self.image_shape[-1])
+        count = 0
         for part in np.array_split(chosen, -(-len(chosen) // 256)):
             pixels = self.train.take(part)['image'].astype(np.float64)
             total = total + pixels.sum((0, 1, 2))

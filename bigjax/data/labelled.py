@@ -241,6 +241,7 @@ def tfds_source(name: str, *, data_dir: str) -> LabelledSource:
                 )
             )
         names = list(builder.info.features[label].names)
-        return names, *parts, prepared_tfds.tfds_card(builder, name)
+        train, test = parts
+        return names, train, test, prepared_tfds.tfds_card(builder, name)
 
     return LabelledSource('tfds-' + builder.info.full_name.replace('/', '-'), read)

@@ -6,8 +6,8 @@ share it, nor on where a run was resumed.
 
 import dataclasses
 import signal
-from collections.abc import Callable, Iterator
-from typing import Protocol
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Protocol
 
 import grain
 import numpy as np
@@ -33,6 +33,16 @@ class Records(Protocol):
         """Returns the examples numbered `indices` (int64 [n]) as arrays of n rows."""
 
 
+class Column(Protocol):
+    """An array [N, …] of which rows can be had: NumPy's, or one that lies in a file."""
+
+    def __len__(self) -> int:
+        """Returns N."""
+
+    def __getitem__(self, index: Any, /) -> np.ndarray:
+        """Returns the rows that `index` chooses."""
+
+
 @dataclasses.dataclass(frozen=True)
 class ArrayRecords:
     """Records held in memory, or mapped into it: row i of every array is example i.
@@ -41,7 +51,7 @@ class ArrayRecords:
         arrays: name -> array [N, ...].
     """
 
-    arrays: Examples
+    arrays: Mapping[str, Column]
 
     def __post_init__(self):
         sizes = {name: len(array) for name, array in self.arrays.items()}
@@ -108,32 +118,37 @@ def iterate(
     *,
     start: int = 0,
     stop: int | None = None,
-    stack: int = 1,
+    stack: int | None = None,
+    place: Callable[[Examples], Any] | None = None,
     workers: int = 0,
     prefetch: int = 2,
-) -> Iterator[Examples]:
+) -> Iterator[Any]:
     """Returns an iterator over elements `start` .. `stop` of `dataset`, read ahead.
 
     Args:
         dataset: what `train_batches` or `eval_batches` returned.
         start: first element.
         stop: one past the last element; None for all.
-        stack: with k > 1, k consecutive batches come as one with a leading axis of k; the last
-            stack is shorter where k does not divide `stop - start`.
-        workers: processes that read; 0 reads in a thread of this process, which is best for
-            records in memory.
-        prefetch: elements kept ready (for each worker).
+        stack: k consecutive batches come as one with a leading axis of k; the last stack is
+            shorter where k does not divide `stop - start`. None stacks nothing.
+        place: puts a batch on the devices; called in the thread that reads ahead.
+        workers: processes that read; 0 reads in that thread, too, which is best for records in
+            memory.
+        prefetch: elements kept ready (for each worker); 0 reads when asked.
     """
     dataset = dataset[start : len(dataset) if stop is None else stop]
-    if stack > 1:
+    if stack is not None:
         dataset = dataset.batch(stack)
-    ahead = grain.ReadOptions(num_threads=1 if prefetch else 0, prefetch_buffer_size=prefetch)
-    stream = dataset.to_iter_dataset(ahead)
+    stream = dataset.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
     if workers:
         processes = grain.MultiprocessingOptions(
             num_workers=workers, per_worker_buffer_size=max(prefetch, 1)
         )
         stream = stream.mp_prefetch(processes, worker_init_fn=_leave_interrupts)
+    if place:
+        stream = stream.map(place)
+    if prefetch:
+        stream = grain.experimental.ThreadPrefetchIterDataset(stream, prefetch_buffer_size=prefetch)
     return iter(stream)
 
 

@@ -1,6 +1,7 @@
 """TFDS sets, read from the ArrayRecord files under the data folder, without TensorFlow."""
 
 import dataclasses
+from collections.abc import Mapping
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -8,6 +9,7 @@ import tensorflow_datasets as tfds
 from bigjax.data.card import Card
 from bigjax.data.folders import decoded_once
 from bigjax.data.images import CACHED_BYTES, ImageData
+from bigjax.data.pipeline import Records
 from bigjax.experiment import UsageError
 
 HELD_OUT = ('test', 'validation')
@@ -139,7 +141,7 @@ def open_tfds_images(name: str, *, data_dir: str, image_size: int) -> ImageData:
     image = feature_of(builder, tfds.features.Image, flag)
     label = feature_of(builder, tfds.features.ClassLabel, flag)
     splits = chosen_splits(builder, held_out=HELD_OUT, percent=20)
-    records = {
+    records: Mapping[str, Records] = {
         split: TfdsImages(builder, chosen, image, label, image_size)
         for split, chosen in zip(('train', 'test'), splits, strict=True)
     }

@@ -92,9 +92,9 @@ def open_csv(path: str, label_column: str) -> TableData:
     if not names:
         raise UsageError(f'{flag}: it has no column besides {label_column}')
     features = np.empty((len(rows), len(names)))
-    for row, (line, values) in enumerate(read_csv(path, list(names))):
-        for column, value in enumerate(values):
-            features[row, column] = number(value, flag, line, names[column])
+    for row, (line, words) in enumerate(read_csv(path, list(names))):
+        for column, word in enumerate(words):
+            features[row, column] = number(word, flag, line, names[column])
     labels = [label for _, (label,) in rows]
     card = Card(
         name=f'csv:{path}',
@@ -102,8 +102,8 @@ def open_csv(path: str, label_column: str) -> TableData:
         path=os.path.abspath(path),
     )
     if is_quantity(labels):
-        target = [number(label, flag, line, label_column) for line, (label,) in rows]
-        return split_table(features, np.array(target), names, (), card)
+        values = [number(label, flag, line, label_column) for line, (label,) in rows]
+        return split_table(features, np.array(values), names, (), card)
     classes = class_names(labels)
     if len(classes) < 2:
         raise UsageError(f'{flag}: every row has the label {classes[0]!r}; nothing to tell apart')

@@ -103,8 +103,8 @@ def write_tokens(folder: Path, corpus: Corpus, name: str, vocab: int) -> None:
         train_bpe(texts, vocab=vocab, path=folder / 'tokenizer.json')
     tokenizer = read_tokenizer(folder, name)
     for split in SPLITS:
-        texts = documents(corpus, split, utf8=name != 'bytes')
-        np.save(folder / f'{split}.npy', np.concatenate([*tokenizer.encode_documents(texts)]))
+        tokens = tokenizer.encode_documents(documents(corpus, split, utf8=name != 'bytes'))
+        np.save(folder / f'{split}.npy', np.concatenate([*tokens]))
 
 
 def documents(corpus: Corpus, split: str, *, utf8: bool) -> Iterator[bytes]:

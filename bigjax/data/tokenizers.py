@@ -32,6 +32,9 @@ class Tokenizer(Protocol):
     def decode(self, tokens: Sequence[int] | np.ndarray) -> str:
         """Returns the text of `tokens`; negative ones are skipped, broken UTF-8 replaced."""
 
+    def encode_documents(self, documents: Iterable[bytes]) -> Iterator[np.ndarray]:
+        """Yields the tokens of each document (UTF-8), unsigned integers [n]."""
+
 
 class ByteTokenizer:
     """Every byte of the UTF-8 text is a token."""
@@ -62,8 +65,9 @@ class BpeTokenizer:
         self.vocab_size = self.model.get_vocab_size()
         self.name = f'bpe{self.vocab_size}'
         byte_of = {letter: byte for byte, letter in enumerate(byte_letters())}
+        letters_of = {token: letters for letters, token in self.model.get_vocab().items()}
         self.pieces = [
-            bytes(byte_of[letter] for letter in self.model.id_to_token(token))
+            bytes(byte_of[letter] for letter in letters_of[token])
             for token in range(self.vocab_size)
         ]
         self.token_bytes = np.array([len(piece) for piece in self.pieces], np.int32)

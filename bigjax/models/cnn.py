@@ -3,6 +3,8 @@
 Legend: B batch, H W rows and columns, C channels, F flattened features.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -38,7 +40,7 @@ class CNN(nn.Module):
     hidden: int = 128
     dropout: float = 0.0
     conv_dropout: float = 0.0
-    dtype: jnp.dtype = jnp.float32
+    dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x_BHWC: jax.Array, *, train: bool) -> jax.Array:
@@ -66,7 +68,7 @@ def forward_flops(
     hidden: int = 128,
 ) -> int:
     """Convolution and matrix-product FLOPs (2 × multiply-adds) of one image's forward pass."""
-    flops, size = 0, tuple(image_size)
+    flops, size = 0, image_size
     for out in features:
         step, size = conv_flops(size, channels, out)
         flops, channels = flops + step, out

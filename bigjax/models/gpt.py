@@ -231,8 +231,8 @@ class GPT(nn.Module):
         for block, k_BSHD, v_BSHD in zip(self.block, cache.k_BSHD, cache.v_BSHD, strict=True):
             x_BTC, kv = block(x_BTC, (k_BSHD, v_BSHD, start_B))
             layers.append(kv)
-        k_BSHD, v_BSHD = zip(*layers, strict=True)
-        return self._logits(x_BTC), Cache(k_BSHD, v_BSHD, start_B + T)
+        keys, values = zip(*layers, strict=True)
+        return self._logits(x_BTC), Cache(keys, values, start_B + T)
 
     def init_cache(self, batch: int, length: int | None = None) -> Cache:
         """Returns an empty cache for `batch` rows of `length` positions (None: all the model sees).

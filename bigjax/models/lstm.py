@@ -63,7 +63,8 @@ class LSTMClassifier(nn.Module):
         mask_TB = tokens_TB >= 0
         embed = nn.Embed(self.vocab, self.embed, name='embed')
         drop = nn.Dropout(self.dropout, deterministic=not train)
-        y_TBK, rows_TB = embed.embedding, jnp.maximum(tokens_TB, 0)
+        y_TBK = embed.embedding
+        rows_TB: jax.Array | None = jnp.maximum(tokens_TB, 0)
         for n in range(self.layers):
             lstm = LSTM(
                 self.features,

@@ -4,6 +4,7 @@ Legend: B rows, F features.
 """
 
 from itertools import pairwise
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -39,7 +40,7 @@ class MLP(nn.Module):
     widths: tuple[int, ...] = (128, 128)
     activation: str = 'relu'
     dropout: float = 0.0
-    dtype: jnp.dtype = jnp.float32
+    dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x_BF: jax.Array, *, train: bool) -> jax.Array:

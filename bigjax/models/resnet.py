@@ -10,6 +10,7 @@ Legend: B batch, H W rows and columns, C channels.
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -55,7 +56,7 @@ class Block(nn.Module):
     width: int
     stride: int
     bottleneck: bool
-    dtype: jnp.dtype
+    dtype: Any
 
     @nn.compact
     def __call__(self, x_BHWC: jax.Array, *, train: bool) -> jax.Array:
@@ -90,7 +91,7 @@ class ResNet(nn.Module):
     depth: int = 18
     width: int = 0
     small_stem: bool = False
-    dtype: jnp.dtype = jnp.float32
+    dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x_BHWC: jax.Array, *, train: bool) -> jax.Array:
@@ -170,7 +171,7 @@ def _has_small_stem(depth: int, small_stem: bool) -> bool:
     return small_stem or len(SIZES[depth][0]) == 3
 
 
-def _conv(features: int, kernel: int, stride: int, dtype: jnp.dtype, name: str) -> Conv:
+def _conv(features: int, kernel: int, stride: int, dtype: Any, name: str) -> Conv:
     # Symmetric padding, as torchvision: 'SAME' pads only the far side under stride 2.
     pad = (kernel // 2, kernel // 2)
     return Conv(
@@ -185,7 +186,7 @@ def _conv(features: int, kernel: int, stride: int, dtype: jnp.dtype, name: str) 
     )
 
 
-def _norm(name: str, *, train: bool, dtype: jnp.dtype, scale_init: Callable | None = None):
+def _norm(name: str, *, train: bool, dtype: Any, scale_init: Callable | None = None):
     return nn.BatchNorm(
         use_running_average=not train,
         momentum=0.9,

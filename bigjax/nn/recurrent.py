@@ -186,7 +186,8 @@ class LSTM(nn.Module):
                 f'direction={self.direction!r}: must be forward, reverse or both; try forward'
             )
         x = jnp.asarray(x_BTC) if tokens_BT is not None else self._time_first(x_BTC)
-        tokens_TB, mask_TB = self._time_first(tokens_BT), self._time_first(mask_BT)
+        tokens_TB = None if tokens_BT is None else self._time_first(tokens_BT)
+        mask_TB = None if mask_BT is None else self._time_first(mask_BT)
         if tokens_TB is not None and x.shape[0] >= tokens_TB.size:
             x, tokens_TB = x[tokens_TB], None
         directions = ('forward', 'reverse') if self.direction == 'both' else (self.direction,)
@@ -216,19 +217,15 @@ class LSTM(nn.Module):
         c_type = jnp.promote_types(self.dtype, jnp.float32)
         return LSTMState(jnp.zeros(shape, self.dtype), jnp.zeros(shape, c_type))
 
-    def _time_first(self, x: Array | None) -> Array | None:
+    def _time_first(self, x: Array) -> Array:
         """Exchanges the first two dimensions, its own inverse, unless time is first throughout."""
-        if x is None:
-            return None
         return jnp.asarray(x) if self.time_major else jnp.swapaxes(x, 0, 1)
 
     def _parameters(self, direction: str, inputs: int) -> tuple[Array, Array, Array]:
         # The parameters widen with the compute type, so that float64 can check the gradient.
         param_type = jnp.promote_types(self.dtype, jnp.float32)
         H, G = self.features, 4 * self.features
-        parameters = (
-            self.param(f'{direction}_kernel', self.kernel_init, (inputs, G), param_type),
-            self.param(f'{direction}_recurrent_kernel', _recurrent_init, (H, G), param_type),
-            self.param(f'{direction}_bias', _bias_init, (G,), param_type),
-        )
-        return tuple(p.astype(self.dtype) for p in parameters)
+        kernel_CG = self.param(f'{direction}_kernel', self.kernel_init, (inputs, G), param_type)
+        u_HG = self.param(f'{direction}_recurrent_kernel', _recurrent_init, (H, G), param_type)
+        b_G = self.param(f'{direction}_bias', _bias_init, (G,), param_type)
+        return kernel_CG.astype(self.dtype), u_HG.astype(self.dtype), b_G.astype(self.dtype)

@@ -108,12 +108,24 @@ def test_evaluation_is_exact_on_a_ragged_end(size, hosts):
     assert (rows['label'][~real] == 0).all()
 
 
-@pytest.mark.parametrize('options', [{}, {'prefetch': 0}, {'prefetch': 5}, {'stack': 1}])
+@pytest.mark.parametrize('options', [{}, {'prefetch': 0}, {'prefetch': 5}])
 def test_iterating_gives_the_elements_in_order(options):
     batches = train_batches(numbered(20), batch=4, seed=0)
     stream = iterate(batches, start=3, stop=9, **options)
     for step, batch in zip(range(3, 9), stream, strict=True):
         np.testing.assert_array_equal(batch['number'], batches[step]['number'])
+
+
+@pytest.mark.parametrize('prefetch', [0, 2])
+def test_batches_are_placed_in_order(prefetch):
+    batches = train_batches(numbered(20), batch=4, seed=0)
+    stream = iterate(batches, stop=5, place=lambda b: b['number'].sum(), prefetch=prefetch)
+    assert list(stream) == [batches[step]['number'].sum() for step in range(5)]
+
+
+def test_a_stack_of_one_has_its_axis():
+    batches = train_batches(numbered(20), batch=4, seed=0)
+    assert next(iterate(batches, stack=1))['number'].shape == (1, 4)
 
 
 def test_stacks_of_consecutive_batches():

@@ -49,7 +49,7 @@ def test_logits_are_float32_and_do_not_mix_rows(digits_model):
     apply = jax.jit(lambda x: model.apply(variables, x, train=False))
     logits = apply(x)
     assert (logits.shape, logits.dtype) == ((4, 10), jnp.float32)
-    np.testing.assert_allclose(apply(x[::-1]), logits[::-1], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(apply(x.at[2:].set(0))[:2], logits[:2], rtol=1e-5, atol=1e-6)
 
 
 def test_dropout_acts_in_training_only(digits_model):

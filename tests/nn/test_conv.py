@@ -55,10 +55,17 @@ def test_winograd_equals_xla_with_gradients(size):
     _agree((2, *size, 3), (3, 3, 3, 4), (1, 1), 'SAME', impl='winograd')
 
 
-def test_winograd_rounds_like_a_longer_sum():
-    x, w = _images((2, 8, 8, 64), dtype=np.float32), _images((3, 3, 64, 64), 1, np.float32)
-    plain, fast = conv(x, w, impl='xla'), conv(x, w, impl='winograd')
-    assert float(jnp.linalg.norm(fast - plain) / jnp.linalg.norm(plain)) < 1e-5
+def test_winograd_rounds_no_more_than_xla():
+    # A larger tile, F(4×4, 3×3), misses this by more than three times.
+    with jax.enable_x64(True):
+        shapes = (2, 8, 8, 64), (3, 3, 64, 64), (2, 8, 8, 64)
+        x, w, g = (_images(shape, seed) for seed, shape in enumerate(shapes))
+        exact = _value_and_gradients('xla', x, w, g, (1, 1), 'SAME')
+        single = (a.astype(jnp.float32) for a in (x, w, g))
+        got = _value_and_gradients('winograd', *single, (1, 1), 'SAME')
+        for a, b in zip(got, exact, strict=True):
+            assert a.dtype == jnp.float32
+            assert float(jnp.linalg.norm(a - b) / jnp.linalg.norm(b)) < 5e-7
 
 
 @pytest.mark.parametrize(
@@ -75,17 +82,35 @@ def test_taps_grad_equals_xla_with_gradients():
 
 
 @pytest.mark.parametrize(
-    ('size', 'channels', 'kernel', 'stride'),
-    [(8, 64, 3, 1), (4, 64, 3, 2), (8, 64, 3, 2), (8, 64, 1, 2), (8, 4, 3, 1)],
+    ('size', 'channels', 'kernel', 'stride', 'form'),
+    [
+        (8, 64, 3, 1, 'winograd'),
+        (4, 64, 3, 2, 'taps'),
+        (8, 64, 3, 2, 'taps_grad'),
+        (8, 64, 1, 2, 'taps'),
+        (8, 4, 3, 1, 'xla'),
+    ],
 )
-def test_the_choice_agrees_with_xla(size, channels, kernel, stride):
+def test_the_choice_is_made_by_shape_and_agrees_with_xla(size, channels, kernel, stride, form):
     x = _images((2, size, size, channels), dtype=np.float32)
     w = _images((kernel, kernel, channels, channels), 1, np.float32)
     pads = ((kernel // 2, kernel // 2),) * 2
-    chosen, plain = (
-        conv(x, w, strides=(stride, stride), padding=pads, impl=impl) for impl in (None, 'xla')
-    )
-    assert float(jnp.linalg.norm(chosen - plain) / jnp.linalg.norm(plain)) < 1e-5
+
+    def value_and_gradients(impl):
+        def f(x, w):
+            return conv(x, w, strides=(stride, stride), padding=pads, impl=impl)
+
+        y, vjp = jax.vjp(f, x, w)
+        return y, *vjp(y)
+
+    chosen, plain = value_and_gradients(None), value_and_gradients('xla')
+    # The forms round differently, so equal bits show which one was chosen.
+    for a, b in zip(chosen, value_and_gradients(form), strict=True):
+        np.testing.assert_array_equal(a, b)
+    for a, b in zip(chosen, plain, strict=True):
+        assert float(jnp.linalg.norm(a - b) / jnp.linalg.norm(b)) < 1e-5
+    same = all(np.array_equal(a, b) for a, b in zip(chosen, plain, strict=True))
+    assert same == (form == 'xla')
 
 
 @pytest.mark.slow

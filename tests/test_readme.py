@@ -1,0 +1,42 @@
+"""The README tells the truth where a test can see it."""
+
+import re
+import types
+from pathlib import Path
+
+import pytest
+
+from bigjax import experiment, identity, train
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / 'README.md').read_text('utf-8')
+
+
+def test_the_example_experiment_trains(tmp_path):
+    module = types.ModuleType('example')
+    code = re.search(r'```python\n(.*?)```', README, re.DOTALL)[1]
+    exec(compile(code, 'README.md', 'exec'), module.__dict__)
+    knobs = {'steps': 4, 'width': 8}
+    run = identity.identity('example', module.experiment, knobs)
+    outcome = train.train(experiment.build(module.experiment, knobs), run, tmp_path)
+    assert outcome.step == 4
+    assert 0 <= outcome.scores['test']['accuracy'] <= 1
+
+
+@pytest.mark.parametrize('which', ['run', 'test'])
+def test_each_command_is_one_line_that_ci_finds(which):
+    block = re.search(rf'<!-- {which} -->\n```\n(.*?)\n```', README, re.DOTALL)[1]
+    assert block.startswith('python3.12 -m venv .venv && ')
+    assert '\n' not in block
+
+
+def test_the_tree_names_every_file():
+    tree = re.search(r'## The tree.*?```\n(.*?)```', README, re.DOTALL)[1]
+    folders = ('bigjax', 'bigjax/data', 'bigjax/models', 'bigjax/nn', 'experiments')
+    files = [f for folder in folders for f in (ROOT / folder).glob('[a-z]*.py')]
+    missing = [str(f.relative_to(ROOT)) for f in files if f.name not in tree]
+    assert not missing
+
+
+def test_every_experiment_stands_in_the_table():
+    assert not [name for name in experiment.names() if f'| `{name}' not in README]

@@ -70,10 +70,14 @@ class TimeSplit:
         self._charge()
         self._stack.pop()
 
-    def _charge(self):
+    def charge(self, use: str) -> None:
+        """Charges the time since the last block began or ended to `use`, known only afterwards."""
         now = self._clock()
-        self._seconds[self._stack[-1]] += now - self._mark
+        self._seconds[use] += now - self._mark
         self._mark = now
+
+    def _charge(self) -> None:
+        self.charge(self._stack[-1])
 
     def seconds(self) -> dict[str, float]:
         """Seconds by use so far, this block included; they sum to the time since the start."""

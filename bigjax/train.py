@@ -177,8 +177,10 @@ def train(experiment: Experiment, identity: Identity, workdir: Path) -> Outcome:
         step, pending, scores = start, None, None
         stopping = 0 < run.patience <= progress['since_best']
         while step < run.steps and not stopping:
-            with times('input'):
-                batch = next(batches)
+            batch = next(batches)
+            # Input is waited for only where the devices have finished the step before.
+            busy = pending and not pending[1]['loss'].is_ready()
+            times.charge('step' if busy else 'input')
             profile.at(step)
             with times('compile' if step == start else 'step'):
                 state, values = train_step(state, batch)

@@ -27,7 +27,7 @@ def experiment(
     test_file: str = '',
     tokenizer: Literal['bytes', 'bpe'] = 'bytes',
     vocab: int = 4096,
-    seq: int = 64,
+    seq: int = 96,
     embed: int = 64,
     width: int = 128,
     depth: int = 1,
@@ -36,8 +36,8 @@ def experiment(
     dropout: float = 0.2,
     label_smoothing: float = 0.0,
     dtype: Literal['float32', 'bfloat16'] = 'float32',
-    run: Run = Run(steps=1500, batch=64, eval_every=500, monitor='test/accuracy'),
-    optim: Optim = Optim(peak_lr=3e-3, warmup=100, end_lr=0.0, clip=1.0),
+    run: Run = Run(steps=2000, batch=64, eval_every=500, monitor='test/accuracy'),
+    optim: Optim = Optim(peak_lr=4e-3, warmup=100, end_lr=0.0, clip=1.0),
 ) -> Experiment:
     """Builds the run.
 

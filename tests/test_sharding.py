@@ -245,6 +245,16 @@ def test_muon_state_lies_with_its_parameter():
     assert specs['up/bias'] == [PartitionSpec('tensor')] * 2  # AdamW's two moments.
 
 
+def test_the_longest_path_decides():
+    # 'mlp/kernel' ends in 'kernel', which is a parameter of the same shape, too.
+    params = {'kernel': np.ones((8, 8)), 'mlp': {'kernel': np.ones((8, 8))}}
+    rules = ((r'mlp/kernel$', ('embed', 'mlp')), (r'kernel$', ('mlp', 'embed')))
+    state = jax.eval_shape(lambda: State(jnp.int32(0), params, {'mu': params}))
+    moments = sharding.state_shardings(state, rules, mesh(fsdp=2, tensor=2)).opt_state['mu']
+    assert moments['kernel'].spec == PartitionSpec('tensor', 'fsdp')
+    assert moments['mlp']['kernel'].spec == PartitionSpec('fsdp', 'tensor')
+
+
 def _at(tree, path):
     for name in path.split('/'):
         tree = tree[name]

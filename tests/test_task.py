@@ -127,9 +127,10 @@ def test_z_loss_is_of_training_only(key):
 def test_rows_without_weight_do_not_count(key):
     task = classes()
     params, extra = start(task)
-    wrong = {'features': np.full((2, 2), 1e3, np.float32), 'label': np.zeros(2, np.int32)}
-    padded = {name: np.concatenate([ROWS[name], wrong[name]]) for name in ROWS}
-    padded['weight'] = np.array([1] * 6 + [0] * 2, np.float32)
+    # Every label once, so that one of the three would be right and two wrong.
+    padding = {'features': np.full((3, 2), 1e3, np.float32), 'label': np.arange(3, dtype=np.int32)}
+    padded = {name: np.concatenate([ROWS[name], padding[name]]) for name in ROWS}
+    padded['weight'] = np.array([1] * 6 + [0] * 3, np.float32)
     evaluate = lambda batch: task.loss(params, extra, batch, key, False)  # noqa: E731
     plain, weighted = evaluate(ROWS), evaluate(padded)
     np.testing.assert_allclose(weighted[0], plain[0], rtol=1e-6)

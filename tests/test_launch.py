@@ -225,7 +225,7 @@ def test_data_set_that_is_not_prepared(launch, tmp_path):
         1,
         '',
         f'launch.py: --dataset=tfds:fashion_mnist: not prepared under --data_dir={tmp_path}; on a '
-        'machine with a network run\n'
+        'machine with a network, and TensorFlow if the set asks for it, run\n'
         "  python -c \"import tensorflow_datasets as tfds; tfds.builder('fashion_mnist', "
         "data_dir='DIR', file_format='array_record').download_and_prepare()\"\n"
         f'and copy DIR/fashion_mnist to {tmp_path}/fashion_mnist\n',
@@ -272,7 +272,9 @@ def test_run_is_interrupted_resumed_evaluated_and_sampled(launch, gpt, tmp_path)
             done.err
         )
         assert reached >= before + 5
-        assert message[1].startswith(f'  python {ROOT}/launch.py --experiment=gpt_stdlib --depth=1')
+        python, script, *_ = message[1].split()
+        assert (ROOT / python).samefile(sys.executable)
+        assert script == f'{ROOT}/launch.py'
         assert message[1].endswith(f' --workdir={workdir}')
     assert f'going on from step {before}\n' in done.err
 

@@ -16,7 +16,7 @@ def test_the_example_experiment_trains(tmp_path):
     module = types.ModuleType('example')
     code = re.search(r'```python\n(.*?)```', README, re.DOTALL)[1]
     exec(compile(code, 'README.md', 'exec'), module.__dict__)
-    knobs = {'steps': 4, 'width': 8}
+    knobs = {'steps': 4, 'warmup': 1, 'width': 8}
     run = identity.identity('example', module.experiment, knobs)
     outcome = train.train(experiment.build(module.experiment, knobs), run, tmp_path)
     assert outcome.step == 4

@@ -14,8 +14,6 @@ from bigjax.nn.recurrent import LSTM
 
 RULES = (
     (r'embed/embedding$', ('vocab', 'embed')),
-    # A recurrent kernel is used at every step: gathering it there would cost more than holding it.
-    (r'recurrent_kernel$', (None, None)),
     (r'lstm_\d+/\w+_kernel$', ('embed', None)),
     (r'lstm_\d+/\w+_bias$', (None,)),
     (r'head/kernel$', ('embed', None)),

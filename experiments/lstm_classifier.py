@@ -1,10 +1,12 @@
 """LSTM text classifier: by default, which language a sentence is in.
 
-Hochreiter and Schmidhuber 1997, "Long short-term memory". The default data are the messages of an
-installed package's translations, read byte by byte.
+Hochreiter and Schmidhuber 1997, "Long short-term memory". The default data are the messages of
+Django's translations, read byte by byte: 63 languages, half of the messages shorter than 31 bytes.
 
     python launch.py --experiment=lstm_classifier
     python launch.py --experiment=lstm_classifier --dataset=csv:reviews.csv
+
+Measured on two CPU cores, one seed: LSTM_ACC test accuracy in LSTM_TIME.
 """
 
 from typing import Literal

@@ -1,8 +1,8 @@
 """Byte-level GPT on the source of the Python standard library that runs it.
 
 The shape of nanoGPT's smallest recipe (github.com/karpathy/nanoGPT, README:
-"I only have a macbook") at twice its peak learning rate, decayed to zero, on text that every Python carries. Validation is
-the last tenth of the files, all of it.
+"I only have a macbook") at twice its peak learning rate, decayed to zero, on text that every Python
+carries. Validation is the last tenth of the files, all of it.
 
     python launch.py --experiment=gpt_stdlib
 

@@ -7,7 +7,7 @@ carries. Validation is the last tenth of the files, all of it.
     python launch.py --experiment=gpt_stdlib
 
 Measured on two CPU cores with Python 3.12.1: after 2,000 steps 1.655 nats (2.388 bits) per byte,
-the mean of seeds 0, 1 and 2 (1.663, 1.653, 1.650), in GPT_WALL from start to the sampled text.
+the mean of seeds 0, 1 and 2 (1.663, 1.653, 1.650), in 2:12 from start to the sampled text.
 """
 
 from typing import Literal
@@ -34,7 +34,7 @@ def experiment(
     tokenizer: Literal['bytes', 'bpe'] = 'bytes',
     vocab: int = 4096,
     z_loss: float = 0.0,
-    run: Run = Run(steps=2000, batch=12, eval_batch=96, eval_every=1000, save_every=500),
+    run: Run = Run(steps=2000, batch=12, eval_batch=96, eval_every=500, save_every=500),
     optim: Optim = Optim(peak_lr=2e-3, end_lr=0.0, warmup=100, b2=0.99, weight_decay=0.1, clip=1.0),
     sample: Sample = Sample(prompt='def '),
 ) -> Experiment:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bigjax.experiment import Sample, UsageError
+from bigjax.sharding import replicated
 from bigjax.task import Decoder
 
 
@@ -80,7 +81,7 @@ def windows(prompt: int, length: int, limit: int) -> list[tuple[int, int]]:
     return stretches + [(limit // 2, full)] * -(-left // full)
 
 
-@functools.partial(jax.jit, static_argnames=('decoder', 'sample', 'new'))
+@functools.partial(jax.jit, static_argnames=('decoder', 'sample', 'new', 'placed'))
 def _stretch(
     params: Any,
     context_BT: jax.Array,
@@ -90,8 +91,9 @@ def _stretch(
     decoder: Decoder,
     sample: Sample,
     new: int,
+    placed: jax.sharding.Sharding | None,
 ) -> jax.Array:
-    """Reads the context into an empty cache and draws `new` tokens [B, new]."""
+    """Reads the context into an empty cache and draws `new` tokens [B, new], put as `placed`."""
     logits_BTV, cache = decoder.step(params, context_BT, decoder.init_cache(context_BT.shape[0]))
 
     def step(carry, i):
@@ -103,7 +105,8 @@ def _stretch(
     # The last token needs no step of the model after it.
     (logits_BV, _), tokens_NB = jax.lax.scan(step, (logits_BTV[:, -1], cache), jnp.arange(new - 1))
     last_B = draw(jax.random.fold_in(key, offset + new - 1), logits_BV, sample)
-    return jnp.concatenate([tokens_NB, last_B[None]]).T
+    tokens_BN = jnp.concatenate([tokens_NB, last_B[None]]).T
+    return tokens_BN if placed is None else jax.lax.with_sharding_constraint(tokens_BN, placed)
 
 
 def generate_tokens(
@@ -124,9 +127,12 @@ def generate_tokens(
     # Only what shapes the compiled program may be part of its identity.
     filters = dataclasses.replace(sample, prompt='', length=1, samples=1, sample_seed=0)
     key, offset = jax.random.key(sample.sample_seed), 0
+    # Where the parameters are spread over processes, each must still be able to read the text.
+    where = jax.tree.leaves(params)[0].sharding
+    placed = replicated(where.mesh) if isinstance(where, jax.sharding.NamedSharding) else None
     for context, new in windows(text_BT.shape[1], sample.length, decoder.max_length):
         drawn = _stretch(params, text_BT[:, -context:], key, jnp.int32(offset),
-                         decoder=decoder, sample=filters, new=new)  # fmt: skip
+                         decoder=decoder, sample=filters, new=new, placed=placed)  # fmt: skip
         text_BT = np.concatenate([text_BT, np.asarray(drawn)], axis=1)
         offset += new
     return text_BT[:, :end]

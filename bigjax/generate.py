@@ -10,9 +10,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from bigjax.experiment import Sample, UsageError
-from bigjax.sharding import replicated
 from bigjax.task import Decoder
 
 
@@ -129,7 +129,7 @@ def generate_tokens(
     key, offset = jax.random.key(sample.sample_seed), 0
     # Where the parameters are spread over processes, each must still be able to read the text.
     where = jax.tree.leaves(params)[0].sharding
-    placed = replicated(where.mesh) if isinstance(where, jax.sharding.NamedSharding) else None
+    placed = where.update(spec=PartitionSpec()) if isinstance(where, NamedSharding) else None
     for context, new in windows(text_BT.shape[1], sample.length, decoder.max_length):
         drawn = _stretch(params, text_BT[:, -context:], key, jnp.int32(offset),
                          decoder=decoder, sample=filters, new=new, placed=placed)  # fmt: skip

@@ -179,7 +179,7 @@ def train(experiment: Experiment, identity: Identity, workdir: Path) -> Outcome:
         while step < run.steps and not stopping:
             batch = next(batches)
             # Input is waited for only where the devices have finished the step before.
-            busy = pending and not pending[1]['loss'].is_ready()
+            busy = pending is not None and not pending[1]['loss'].is_ready()
             times.charge('step' if busy else 'input')
             profile.at(step)
             with times('compile' if step == start else 'step'):

@@ -20,7 +20,7 @@ from bigjax.data.images import open_images
 from bigjax.experiment import Data, Experiment, Run
 from bigjax.models import cnn
 from bigjax.optimizers import Optim, make_optimizer
-from bigjax.task import classification, standardize
+from bigjax.tasks.classification import classification, standardize
 
 
 def experiment(

@@ -18,7 +18,8 @@ from bigjax.data.text import open_language
 from bigjax.experiment import Data, Experiment, Run, Sample
 from bigjax.models import gpt
 from bigjax.optimizers import Optim, make_optimizer
-from bigjax.task import Decoder, causal_lm
+from bigjax.task import Decoder
+from bigjax.tasks.causal_lm import causal_lm
 
 
 def experiment(

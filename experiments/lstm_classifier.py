@@ -18,7 +18,7 @@ from bigjax.data.classification import open_classification
 from bigjax.experiment import Data, Experiment, Run
 from bigjax.models import lstm
 from bigjax.optimizers import Optim, make_optimizer
-from bigjax.task import classification
+from bigjax.tasks.classification import classification
 
 
 def experiment(

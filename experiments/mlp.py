@@ -16,7 +16,8 @@ from bigjax.data.tables import open_table
 from bigjax.experiment import Data, Experiment, Run
 from bigjax.models import mlp
 from bigjax.optimizers import Optim, make_optimizer
-from bigjax.task import classification, regression
+from bigjax.tasks.classification import classification
+from bigjax.tasks.regression import regression
 
 
 def experiment(

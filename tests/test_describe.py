@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from bigjax import describe, sharding
-from bigjax import task as tasks
 from bigjax.data.card import Card
 from bigjax.data.pipeline import ArrayRecords
 from bigjax.experiment import Data, Experiment, Run
@@ -16,6 +15,7 @@ from bigjax.identity import Identity
 from bigjax.models import gpt
 from bigjax.optimizers import Optim, make_optimizer
 from bigjax.state import setup
+from bigjax.tasks.causal_lm import causal_lm
 
 MODEL = gpt.GPT(vocab_size=12, context_length=8, depth=2, heads=2, width=16)
 CARD = Card(name='zeros', description='Nothing but zeros.', sizes={'train': 8})
@@ -27,7 +27,7 @@ def described(request, tmp_path):
     optimizer, schedule = make_optimizer(Optim(optimizer='adamw'), steps=1000)
     records = ArrayRecords({'tokens': np.zeros((8, 9), np.int32)})
     experiment = Experiment(
-        task=tasks.causal_lm(
+        task=causal_lm(
             MODEL, length=8, token_bytes_V=np.ones(12), forward_flops=FLOPS, decoder=None
         ),
         optimizer=optimizer,

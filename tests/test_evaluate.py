@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from bigjax import task as tasks
 from bigjax.data.pipeline import ArrayRecords
 from bigjax.evaluate import Evaluator, evaluate
 from bigjax.experiment import Data, Experiment, Run, UsageError
 from bigjax.optimizers import Optim, make_optimizer
 from bigjax.state import make_init, setup
+from bigjax.tasks.classification import classification
 
 F, C = 3, 4
 
@@ -33,7 +33,7 @@ def records(size, seed):
 
 
 def make(batch=8, eval_batch=0, monitor='validation/loss', ema=0.0):
-    task = tasks.classification(
+    task = classification(
         Linear(),
         inputs='features',
         example=jax.ShapeDtypeStruct((F,), jnp.float32),

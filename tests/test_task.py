@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from bigjax import task as tasks
+from bigjax.tasks.causal_lm import causal_lm
+from bigjax.tasks.classification import classification
+from bigjax.tasks.regression import regression
 
 V = 4
 
@@ -34,14 +36,14 @@ class Normed(nn.Module):
 
 
 def language(token_bytes_V=(1, 1, 1, 1), **options):
-    return tasks.causal_lm(
+    return causal_lm(
         Table(), length=5, token_bytes_V=np.array(token_bytes_V), forward_flops=10, decoder=None,
         **options,
     )  # fmt: skip
 
 
 def classes(dropout=0.0, **options):
-    return tasks.classification(
+    return classification(
         Normed(dropout=dropout), inputs='features', example=jax.ShapeDtypeStruct((2,), jnp.float32),
         class_names=('a', 'b', 'c'), forward_flops=10, unit='rows', **options,
     )  # fmt: skip
@@ -184,7 +186,7 @@ def test_inputs_are_preprocessed_on_the_device(key):
 
 
 def test_regression(key):
-    task = tasks.regression(Normed(classes=1), features=2, forward_flops=10)
+    task = regression(Normed(classes=1), features=2, forward_flops=10)
     params, extra = start(task)
     prediction = Normed(classes=1).apply({'params': params, **extra}, ROWS['features'], train=False)
     target = np.arange(6, dtype=np.float32)

@@ -16,7 +16,7 @@ from bigjax.data.shuffle import shuffled
 from bigjax.metrics import read_metrics
 from bigjax.models.mlp import MLP
 from bigjax.state import make_init
-from bigjax.task import classification
+from bigjax.tasks.classification import classification
 
 MESHES = ('data=8', 'data=4,fsdp=2', 'data=2,fsdp=2,tensor=2', 'fsdp=8')
 

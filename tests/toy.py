@@ -30,7 +30,7 @@ from bigjax.identity import Identity, identity
 from bigjax.nn.linear import Dense
 from bigjax.optimizers import Optim, make_optimizer
 from bigjax.sharding import path_string
-from bigjax.task import classification
+from bigjax.tasks.classification import classification
 
 FEATURES, CLASSES = 16, 8
 RULES = (

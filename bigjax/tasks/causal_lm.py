@@ -1,0 +1,51 @@
+"""Language modelling: predicting each token from those before it."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from bigjax import losses
+from bigjax.task import Decoder, Task, apply
+
+
+def causal_lm(
+    model: nn.Module,
+    *,
+    length: int,
+    token_bytes_V: jax.typing.ArrayLike,
+    forward_flops: int,
+    decoder: Decoder,
+    z_loss: float = 0.0,
+) -> Task:
+    """Returns the task of predicting each of `batch['tokens']` [B, T + 1] from those before it.
+
+    Args:
+      model: called with tokens int32 [B, T] and `train`; gives logits [B, T, V].
+      length: T, tokens predicted per example.
+      token_bytes_V: bytes each token stands for, so that loss can be told in bits per byte.
+      forward_flops: closed-form operations of one example's forward pass.
+      decoder: how the same model generates.
+      z_loss: weight of the squared log-partition (PaLM, §5) in training.
+    """
+
+    def init(key: jax.Array) -> dict[str, Any]:
+        return dict(model.init(key, jnp.zeros((1, length), jnp.int32), train=False))
+
+    def loss(params, extra, batch, key, train):
+        tokens_BT, targets_BT = batch['tokens'][:, :-1], batch['tokens'][:, 1:]
+        logits_BTV, extra = apply(model, params, extra, jnp.maximum(tokens_BT, 0), key, train)
+        # A negative token is padding: cross_entropy gives it no loss, here it gets no weight.
+        real_BT = targets_BT >= 0
+        nats = jnp.sum(
+            losses.cross_entropy(logits_BTV, targets_BT, z_loss=z_loss if train else 0.0)
+        )
+        weight = jnp.sum(real_BT.astype(jnp.float32))
+        metrics = {'loss': (nats, weight)}
+        if not train:
+            byte_counts = jnp.asarray(token_bytes_V, jnp.float32)[jnp.maximum(targets_BT, 0)]
+            metrics['bits_per_byte'] = (nats / jnp.log(2.0), jnp.sum(byte_counts * real_BT))
+        return nats / jnp.maximum(weight, 1.0), (extra, metrics)
+
+    return Task(init, loss, 'tokens', length, 3 * forward_flops, decoder=decoder)

@@ -30,13 +30,15 @@ from bigjax import identity as identities
 
 FLAGS = flags.FLAGS
 ROOT = Path(__file__).resolve().parent
-ACTIONS = ('train', 'evaluate', 'generate', 'describe')
+ACTIONS = ('train', 'evaluate', 'generate', 'describe', 'import', 'export')
 flags.DEFINE_string(
     'experiment', None, 'name of a file in experiments/; without it, they are listed'
 )
 flags.DEFINE_enum('action', 'train', ACTIONS, 'what to do with the experiment')
 flags.DEFINE_string('workdir', None, 'where the run is kept; default: runs/NAME-AND-KNOBS')
-flags.DEFINE_string('checkpoint', 'latest', 'for evaluate and generate: latest, best or a step')
+flags.DEFINE_string('checkpoint', 'latest', 'for all but train: latest, best or a step')
+flags.DEFINE_string('export_dir', None, 'for export: the folder to write')
+flags.DEFINE_string('max_shard_size', '5GB', 'for export: the most that one file holds')
 flags.DEFINE_string('coordinator', None, 'HOST:PORT of process 0, where nothing announces it')
 flags.DEFINE_integer('processes', None, 'number of processes, with --coordinator')
 flags.DEFINE_integer('process_id', None, 'number of this process, with --coordinator')
@@ -104,7 +106,8 @@ def main(argv):
     try:
         distributed.join(FLAGS.coordinator, FLAGS.processes, FLAGS.process_id, os.environ)
         experiment = experiments.build(function, values)
-        return actions.run(FLAGS.action, experiment, identity, workdir.absolute(), FLAGS.checkpoint)
+        options = (FLAGS.checkpoint, FLAGS.export_dir, FLAGS.max_shard_size)
+        return actions.run(FLAGS.action, experiment, identity, workdir.absolute(), *options)
     except (experiments.UsageError, SaveError, FloatingPointError) as error:
         sys.exit(f'launch.py: {error}')
 

@@ -9,11 +9,12 @@ import numpy as np
 from bigjax import optimizers, sharding
 from bigjax.data import pipeline
 from bigjax.experiment import Experiment, UsageError
+from bigjax.predict import Predictor
 from bigjax.state import Setup, TrainState
 from bigjax.task import Batch, Metrics
 
 # Metrics that are better high; all others are better low.
-HIGHER_IS_BETTER = ('accuracy',)
+HIGHER_IS_BETTER = ('accuracy', 'top_5_accuracy')
 # Counts are summed over the data, not averaged.
 COUNTS = ('confusion',)
 
@@ -65,6 +66,7 @@ class Evaluator:
             return experiment.task.loss(params, extra, batch, jax.random.key(0), False)[1][1]
 
         self._eval_step = jax.jit(eval_step, out_shardings=sharding.replicated(plan.mesh))
+        self._predictor = Predictor(experiment, plan.mesh) if experiment.score else None
         self._set, _, self._metric = experiment.run.monitor.rpartition('/')
         known = self._metrics(eval_step, plan)
         if experiment.run.monitor not in known:
@@ -79,11 +81,27 @@ class Evaluator:
         for name, records in self._experiment.data.evals.items():
             row, state = pipeline.eval_batches(records, batch=1)[0], plan.abstract
             metrics = jax.eval_shape(eval_step, state.params, state.extra, row)
-            found += [f'{name}/{metric}' for metric in metrics if metric not in COUNTS]
+            names = [metric for metric in metrics if metric not in COUNTS]
+            found += [f'{name}/{metric}' for metric in (*names, *self._experiment.score_names)]
         return found
 
-    def __call__(self, state: TrainState) -> dict[str, dict[str, np.ndarray]]:
-        """Returns `{set: {metric: value}}`; a confusion matrix is an array [C, C] of counts."""
+    def _scores_at(self, step: int) -> bool:
+        """Whether predictions are scored: after the last step, and where training asks for it."""
+        run = self._experiment.run
+        # Any evaluation may be the last one before an early stop.
+        return step >= run.steps or run.patience > 0 or self._metric in self._experiment.score_names
+
+    def __call__(
+        self, state: TrainState, *, score: bool | None = None
+    ) -> dict[str, dict[str, np.ndarray]]:
+        """Returns `{set: {metric: value}}`; a confusion matrix is an array [C, C] of counts.
+
+        Args:
+          state: what to evaluate.
+          score: whether predictions are made and scored, too, where the experiment says how; None
+            does so after the last step, with `--patience`, and where `--monitor` is such a score.
+        """
+        score = self._scores_at(int(state.step)) if score is None else score
         params = optimizers.evaluation_params(state.params, state.opt_state)
         placed = sharding.batch_sharding(self._mesh)
         scores = {}
@@ -98,9 +116,12 @@ class Evaluator:
                 dataset, place=lambda batch: sharding.shard_batch(batch, placed)
             )
             scores[name] = evaluate(self._eval_step, params, state.extra, batches)
+            if score and self._predictor:
+                scores[name] |= self._predictor.scores(params, state.extra, records)
         return scores
 
     def badness(self, scores: Mapping[str, Mapping[str, np.ndarray]]) -> float:
         """Returns the monitored metric, negated if it is better high."""
         value = float(scores[self._set][self._metric])
-        return -value if self._metric in HIGHER_IS_BETTER else value
+        better_high = (*HIGHER_IS_BETTER, *self._experiment.score_names)
+        return -value if self._metric in better_high else value

@@ -11,138 +11,23 @@ import importlib
 import inspect
 import re
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+from bigjax.run import Run, Sample, UsageError
 
 if TYPE_CHECKING:  # Listing experiments and reading flags must not wait for JAX to load.
     import optax
 
     from bigjax.data.card import Card
-    from bigjax.data.pipeline import Augment, Records
+    from bigjax.data.pipeline import Augment, Examples, Records
+    from bigjax.predict import Predicted
+    from bigjax.pretrained.pretrained import Pretrained
     from bigjax.sharding import Rule
     from bigjax.task import Task
 
 EXPERIMENTS = Path(__file__).parent.parent / 'experiments'
-
-
-class UsageError(ValueError):
-    """A mistake in what the user asked for; its message names flag, value, rule and a way out."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Run:
-    """How a run goes, whatever it trains.
-
-    Attributes:
-      steps: optimizer steps in all
-      batch: examples of one step, over all devices and hosts
-      seed: seed of initialisation, data order, augmentation and dropout
-      eval_batch: examples of one evaluation batch; 0 takes --batch
-      eval_every: steps between evaluations; 0 evaluates at the end only
-      save_every: steps between checkpoints; 0 saves at the end only
-      log_every: steps between logged lines
-      keep: latest checkpoints kept, beside the best one
-      monitor: what "best" means, as SET/METRIC; accuracies are better high, all else low
-      patience: evaluations without a better --monitor before training stops early; 0 never stops
-      accumulate: microbatches that one step's batch is computed in, to save memory
-      steps_per_call: steps scanned in one call of the compiled program; slow for CNNs on a CPU
-      mesh: devices per axis, such as data=2,fsdp=2,tensor=2; one axis may be -1 (what is left)
-      workers: processes that prepare data; 0 uses threads
-      data_dir: where data sets are prepared and looked for
-      profile_steps: FIRST:LAST steps to trace for a profiler; empty traces none
-    """
-
-    steps: int
-    batch: int
-    seed: int = 0
-    eval_batch: int = 0
-    eval_every: int = 0
-    save_every: int = 0
-    log_every: int = 10
-    keep: int = 2
-    monitor: str = 'validation/loss'
-    patience: int = 0
-    accumulate: int = 1
-    steps_per_call: int = 1
-    mesh: str = 'data=-1'
-    workers: int = 0
-    data_dir: str = '~/tensorflow_datasets'
-    profile_steps: str = ''
-
-    # A resumed run may change these: they say how long and where it runs, not what it computes.
-    FREE: ClassVar[tuple[str, ...]] = (
-        'steps', 'eval_batch', 'eval_every', 'save_every', 'log_every', 'keep', 'monitor',
-        'patience', 'steps_per_call', 'mesh', 'workers', 'data_dir', 'profile_steps',
-    )  # fmt: skip
-
-    def __post_init__(self) -> None:
-        for name, least in {'steps': 1, 'batch': 1, 'seed': 0, 'eval_batch': 0, 'eval_every': 0,
-                            'save_every': 0, 'log_every': 1, 'keep': 1, 'patience': 0,
-                            'accumulate': 1, 'steps_per_call': 1,
-                            'workers': 0}.items():  # fmt: skip
-            if getattr(self, name) < least:
-                raise UsageError(
-                    f'--{name}={getattr(self, name)}: must be at least {least}; '
-                    f'try --{name}={least}'
-                )
-        for name in ('steps', 'eval_every', 'save_every'):
-            if getattr(self, name) % self.steps_per_call:
-                near = round(getattr(self, name) / self.steps_per_call) or 1
-                raise UsageError(
-                    f'--{name}={getattr(self, name)}: must be a multiple of '
-                    f'--steps_per_call={self.steps_per_call}; '
-                    f'try --{name}={near * self.steps_per_call}'
-                )
-        first, _, last = self.profile_steps.partition(':')
-        digits = first.isdecimal() and last.isdecimal()
-        if self.profile_steps and not (digits and int(first) < int(last)):
-            raise UsageError(
-                f'--profile_steps={self.profile_steps}: must be FIRST:LAST, the first below the '
-                f'last; try --profile_steps=10:13'
-            )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Sample:
-    """How text is generated.
-
-    Attributes:
-      prompt: text to go on from
-      length: tokens to generate
-      samples: how many texts
-      temperature: divides the logits; 0 takes the likeliest token
-      top_k: draw from the k likeliest tokens only; 0 is off
-      top_p: draw from the likeliest tokens that hold this much probability; 1 is off
-      min_p: leave out tokens less likely than this share of the likeliest one's; 0 is off
-      sample_seed: seed of the draws
-    """
-
-    prompt: str = '\n'
-    length: int = 400
-    samples: int = 1
-    temperature: float = 0.8
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    sample_seed: int = 0
-
-    FREE: ClassVar[tuple[str, ...]] = (
-        'prompt', 'length', 'samples', 'temperature', 'top_k', 'top_p', 'min_p', 'sample_seed',
-    )  # fmt: skip
-
-    def __post_init__(self) -> None:
-        for name, rule, ok in (
-            ('length', 'must be at least 1', self.length >= 1),
-            ('samples', 'must be at least 1', self.samples >= 1),
-            ('temperature', 'must not be negative', self.temperature >= 0),
-            ('top_k', 'must not be negative', self.top_k >= 0),
-            ('top_p', 'must be above 0 and at most 1', 0 < self.top_p <= 1),
-            ('min_p', 'must be at least 0 and below 1', 0 <= self.min_p < 1),
-        ):
-            if not ok:
-                default = type(self).__dataclass_fields__[name].default
-                raise UsageError(f'--{name}={getattr(self, name)}: {rule}; try --{name}={default}')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -178,6 +63,13 @@ class Experiment:
       augment: what training batches go through, if anything.
       sample: how text is generated, for language models.
       tokenizer: text <-> tokens, for language models.
+      score: `score(pairs) -> {name: value}` of one evaluation set; `pairs` yields what
+        `task.predict` gave, batch by batch in the order of the records: (the rows of the batch,
+        the outputs for these rows), all numpy, padding left out.
+      score_names: the names that `score` returns; all are better high.
+      show: `show(batch, outputs)` -> one text a row, for the few examples that are shown.
+      generate: (params, extra) -> texts of `--action=generate`, where `task.decoder` is not how.
+      pretrained: the model's names in other libraries, and the weights that step 0 starts from.
       nonfinite: `'stop'` ends training at a loss or gradient that is not finite; `'skip'` goes on.
     """
 
@@ -188,8 +80,13 @@ class Experiment:
     rules: 'Sequence[Rule]'
     run: Run
     augment: 'Augment | None' = None
-    sample: Sample = Sample()
+    sample: Sample = dataclasses.field(default_factory=Sample)
     tokenizer: Any = None
+    score: 'Callable[[Iterator[Predicted]], dict[str, float]] | None' = None
+    score_names: tuple[str, ...] = ()
+    show: 'Callable[[Examples, Examples], list[str]] | None' = None
+    generate: Callable[[Any, Any], list[str]] | None = None
+    pretrained: 'Pretrained | None' = None
     nonfinite: str = 'stop'
 
 

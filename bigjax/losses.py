@@ -62,11 +62,6 @@ def correct_top_k(logits: jax.Array, labels: jax.Array, k: int) -> jax.Array:
     return ((above < k) & (labels >= 0)).astype(jnp.float32)
 
 
-def valid(labels: jax.Array) -> jax.Array:
-    """1.0 where there is a label (not negative), else 0.0; float32, the weights of a mean."""
-    return (labels >= 0).astype(jnp.float32)
-
-
 def confusion(logits: jax.Array, labels: jax.Array, weights: jax.Array | None = None) -> jax.Array:
     """Confusion matrix: entry [t, p] sums the weights of examples of class t predicted as p.
 

@@ -65,13 +65,14 @@ def _facts(description: Mapping[str, Any]):
         ('examples_per_step', 'examples per step', '{:,}'.format),
         ('tokens_per_step', 'tokens per step', '{:,}'.format),
         ('data', 'data', _data),
+        ('data', 'noticed', lambda v: '; '.join(v.get('notes') or ())),
         ('devices', 'devices', lambda v: _pairs(v) if isinstance(v, Mapping) else str(v)),
         ('mesh', 'mesh', lambda v: _pairs(v) if isinstance(v, Mapping) else str(v)),
         ('state_bytes_per_device', 'state per device', units.size),
         ('workdir', 'written to', str),
     ):
-        if description.get(key) is not None:
-            yield label, form(description[key])
+        if description.get(key) is not None and (text := form(description[key])):
+            yield label, text
 
 
 def _pairs(values: Mapping[str, Any]) -> str:

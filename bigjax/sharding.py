@@ -24,6 +24,7 @@ LOGICAL_TO_MESH = {
     'mlp': 'tensor',
     'vocab': 'tensor',
     'channels': 'tensor',
+    'experts': 'tensor',
 }
 
 Rule = tuple[str, tuple[str | None, ...] | str]

@@ -1,6 +1,7 @@
 """The train state, and where each part of it will live."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -43,14 +44,42 @@ class Setup(NamedTuple):
 
 
 def make_init(task: Task, optimizer: optax.GradientTransformation, seed: int) -> Callable:
-    """Returns the pure `() -> TrainState` of step 0."""
+    """Returns the pure `(pretrained = {}) -> TrainState` of step 0.
 
-    def init() -> TrainState:
-        variables = dict(task.init(jax.random.key(seed)))
+    `pretrained` holds leaves of the task's variables by path, which are not drawn at random.
+    """
+
+    def init(pretrained: Mapping[str, jax.Array] = MappingProxyType({})) -> TrainState:
+        variables = replaced(dict(task.init(jax.random.key(seed))), pretrained)
         params = variables.pop('params')
         return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), variables)
 
     return init
+
+
+def replaced(tree: Any, leaves: Mapping[str, jax.Array]) -> Any:
+    """Returns the tree with the leaves at some paths replaced."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: leaves.get(sharding.path_string(path), leaf), tree
+    )
+
+
+def first_state(experiment: Experiment, plan: Setup) -> TrainState:
+    """Returns the state of step 0, born sharded: random, or with pretrained weights.
+
+    Raises:
+      UsageError: the pretrained weights do not fit; raised before anything is compiled.
+    """
+    init = make_init(experiment.task, experiment.optimizer, experiment.run.seed)
+    loaded = {}
+    if experiment.pretrained and experiment.pretrained.path:
+        variables, placed = (
+            {'params': state.params, **state.extra} for state in (plan.abstract, plan.shardings)
+        )
+        loaded = experiment.pretrained.load(variables, placed)
+    # One program makes every leaf, so that several processes own them all alike; the random draws
+    # that pretrained weights replace are not in it.
+    return jax.jit(init, out_shardings=plan.shardings, donate_argnums=0)(loaded)
 
 
 def setup(experiment: Experiment) -> Setup:

@@ -39,6 +39,8 @@ class Task(NamedTuple):
       flops_per_example: closed-form floating-point operations of one example's training step.
       class_names: names of the classes where there are classes.
       decoder: how to generate, for language models.
+      predict: (params, extra, batch) -> `{name: array}`, each with the rows of the batch in front:
+        what `Experiment.score` scores, where a score is no sum over rows (BLEU, span F1).
     """
 
     init: Callable[[jax.Array], dict[str, Any]]
@@ -48,6 +50,7 @@ class Task(NamedTuple):
     flops_per_example: int
     class_names: tuple[str, ...] = ()
     decoder: Decoder | None = None
+    predict: Callable[[Any, Any, Batch], dict[str, jax.Array]] | None = None
 
 
 def apply(

@@ -23,7 +23,7 @@ from bigjax.identity import Identity
 from bigjax.interrupt import catch_interrupts
 from bigjax.metrics import TimeSplit, Writer
 from bigjax.profile import Profile
-from bigjax.state import TrainState, make_init, setup
+from bigjax.state import TrainState, first_state, setup
 from bigjax.task import Batch
 
 
@@ -128,14 +128,13 @@ def train(experiment: Experiment, identity: Identity, workdir: Path) -> Outcome:
     ):
         # ---- State: restored, or born sharded ----
         progress: dict[str, Any] = {'best': None, 'since_best': 0}
-        if start:
+        if checkpoints.steps():
             with times('checkpoint'):
                 state, progress = checkpoints.restore(start, plan.abstract, plan.shardings)
             writer.note(f'going on from step {start}')
         else:
             with times('compile'):
-                init = make_init(task, experiment.optimizer, run.seed)
-                state = jax.jit(init, out_shardings=plan.shardings)()
+                state = first_state(experiment, plan)
 
         # ---- Data: the batch of step n is a function of (seed, n) ----
         dataset = pipeline.train_batches(

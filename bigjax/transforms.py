@@ -14,14 +14,15 @@ from bigjax.experiment import UsageError
 # (regex over 'a/b/c' parameter paths, is it decayed?); the first that matches decides.
 DECAY_RULES = (
     (r'(^|/)(\w*bias|b|scale|gamma|beta)$', False),
-    (r'(^|/)(\w*kernel|\w*embeddings?|\w*token|position)$', True),
+    (r'(^|/)(\w*kernel|\w*embeddings?|\w*token|position|type)$', True),
 )
 
 # (regex, role of each dimension); the first whose regex and number of dimensions match decides.
 # i = input of the matrix, o = output, b = a batch of matrices; None = not a matrix for Muon, nor
 # is whatever no rule covers. Embeddings and heads are looked up or read by row: not Muon's.
-MUON_RULES = (
+_MUON_RULES = (
     (r'(^|/)(lm_)?(head|logits|classifier)/', None),
+    (r'experts/\w+/kernel$', 'bio'),
     (r'q?kv/kernel$', 'iobo'),  # [C, H, 3, D]: queries, keys and values are three matrices
     (r'(^|/)(out|o|proj|o_proj|out_proj)/kernel$', 'iio'),  # [H, D, C]
     (r'kernel$', 'io'),
@@ -29,6 +30,11 @@ MUON_RULES = (
     (r'kernel$', 'iio'),  # convolutions: every filter is one column
     (r'kernel$', 'iiio'),
     (r'kernel$', 'iiiio'),
+)
+# Scanned layers (bigjax.nn.stack) are a batch of matrices in front.
+MUON_RULES = (
+    *((f'blocks(?=/).*{pattern}', roles and f'b{roles}') for pattern, roles in _MUON_RULES),
+    *_MUON_RULES,
 )
 
 

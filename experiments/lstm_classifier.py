@@ -1,4 +1,4 @@
-"""LSTM text classifier: by default, which language a sentence is in.
+"""LSTM text classifier (or GRU, or Elman): by default, which language a sentence is in.
 
 Hochreiter and Schmidhuber 1997, "Long short-term memory". The default data are the messages of
 Django's translations, read byte by byte: 63 languages, half of the messages shorter than 31 bytes.
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from bigjax.data.classification import open_classification
 from bigjax.experiment import Data, Experiment, Run
-from bigjax.models import lstm
+from bigjax.models import rnn
 from bigjax.optimizers import Optim, make_optimizer
 from bigjax.tasks.classification import classification
 
@@ -30,6 +30,7 @@ def experiment(
     tokenizer: Literal['bytes', 'bpe'] = 'bytes',
     vocab: int = 4096,
     seq: int = 96,
+    cell: Literal['elman', 'lstm', 'gru'] = 'lstm',
     embed: int = 64,
     width: int = 128,
     depth: int = 1,
@@ -51,9 +52,10 @@ def experiment(
       tokenizer: bytes, or a byte-level BPE trained on the data
       vocab: tokens of the BPE
       seq: tokens read of each text
+      cell: long short-term memory, the gated recurrent unit, or Elman's network
       embed: width of the embedding
-      width: units of each LSTM layer and direction
-      depth: LSTM layers
+      width: units of each layer and direction
+      depth: recurrent layers
       direction: forward, or both directions
       pool: what the classes are read from: the last state, or the outputs' mean or maximum
       dropout: share of activations zeroed in training
@@ -71,13 +73,11 @@ def experiment(
         test_file=test_file,
     )
     classes = len(data.class_names)
-    model = lstm.LSTMClassifier(
-        classes=classes,
+    sizes = {'classes': classes, 'embed': embed, 'features': width, 'layers': depth}
+    sizes |= {'cell': cell, 'direction': direction}
+    model = rnn.RecurrentClassifier(
+        **sizes,
         vocab=data.tokenizer.vocab_size,
-        embed=embed,
-        features=width,
-        layers=depth,
-        direction=direction,
         pool=pool,
         dropout=dropout,
         dtype=jnp.dtype(dtype),
@@ -89,14 +89,7 @@ def experiment(
             inputs='tokens',
             example=jax.ShapeDtypeStruct((seq,), jnp.int32),
             class_names=data.class_names,
-            forward_flops=lstm.forward_flops(
-                length=seq,
-                classes=classes,
-                embed=embed,
-                features=width,
-                layers=depth,
-                direction=direction,
-            ),
+            forward_flops=rnn.forward_flops(**sizes, length=seq),
             unit='tokens',
             units_per_example=seq,
             label_smoothing=label_smoothing,
@@ -105,6 +98,6 @@ def experiment(
         schedule=schedule,
         nonfinite=optim.nonfinite,
         data=Data(train=data.train, evals={'test': data.test}, card=data.card),
-        rules=lstm.RULES,
+        rules=rnn.RULES,
         run=run,
     )

@@ -14,6 +14,21 @@ jax.config.update('jax_num_cpu_devices', 8)
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        '--parity', help='folder written by tests/pretrained/generate_parity.py, with PyTorch'
+    )
+
+
+@pytest.fixture
+def parity(request: pytest.FixtureRequest) -> Path:
+    """The folder of --parity; without it, the test is skipped."""
+    folder = request.config.getoption('--parity')
+    if not folder:
+        pytest.skip('needs --parity=FOLDER, written by generate_parity.py where PyTorch is')
+    return Path(folder)
+
+
 @pytest.fixture
 def key() -> jax.Array:
     return jax.random.key(0)

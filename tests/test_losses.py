@@ -55,7 +55,6 @@ def test_negative_labels_cost_nothing():
     gradient = jax.grad(lambda x: losses.cross_entropy(x, labels).sum())(finite)
     assert (gradient[1] == 0).all()
     assert (gradient[0] != 0).all()
-    np.testing.assert_array_equal(losses.valid(labels), [1, 0, 1])
 
 
 def test_huge_logits_stay_finite():

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import toy
 
+from bigjax import train
 from bigjax.data import pipeline
 from bigjax.metrics import read_metrics
 
@@ -51,6 +52,16 @@ def test_two_processes_equal_one(tmp_path):
     ]
     for ours, theirs in zip(*evaluated, strict=True):
         assert ours == pytest.approx(theirs, abs=1e-6)
+
+
+def test_two_processes_predict_as_one(tmp_path):
+    finish(start_two(tmp_path / 'two', {'steps': 2}, scores=True))
+    experiment, identity = toy.build(steps=2)
+    outcome = train.train(toy.scored(experiment), identity, tmp_path / 'one')
+    written = next(r for r in read_metrics(tmp_path / 'two' / 'metrics.jsonl') if 'set' in r)
+    for name in ('rows', 'right', 'order'):
+        assert written[name] == outcome.scores['test'][name]
+    assert written['rows'] == 37
 
 
 def rows_read(journal):

@@ -9,6 +9,7 @@ import optax
 import pytest
 
 from bigjax.experiment import UsageError
+from bigjax.nn.stack import stack_layers
 from bigjax.optimizers import (
     OPTIMIZERS,
     SCHEDULES,
@@ -233,6 +234,30 @@ def test_muon_orthogonalises_each_of_query_key_and_value():
         # Newton-Schulz with Jordan's coefficients ends between 0.7 and 1.2, not at 1.
         assert np.median(singular) == pytest.approx(1.0, abs=0.35)
         assert singular.max() < 1.3
+
+
+def test_muon_moves_scanned_layers_and_experts_matrix_by_matrix(key):
+    kernels = {'qkv': (4, 2, 3, 2), 'query': (4, 2, 2), 'out': (2, 2, 4)}
+    block = {'attention': {name: {'kernel': shape} for name, shape in kernels.items()}}
+    block |= {'mlp': {'up': {'kernel': (4, 8)}}, 'moe': {'experts': {'up': {'kernel': (2, 4, 8)}}}}
+    shapes = {'block_0': block, 'block_1': block}
+    leaves, tree = jax.tree.flatten(shapes, is_leaf=lambda x: isinstance(x, tuple))
+    params = tree.unflatten(
+        [jax.random.normal(jax.random.fold_in(key, i), x) for i, x in enumerate(leaves)]
+    )
+    optimizer, _ = make_optimizer(plain(optimizer='muon', momentum=0.9, peak_lr=1.0), steps=10)
+
+    def move(params):
+        return optimizer.update(params, optimizer.init(params), params)[0]
+
+    single, stacked = jax.jit(move)(params), jax.jit(move)(stack_layers(params))
+    close = lambda x, y: np.testing.assert_allclose(x, y, atol=1e-4)  # noqa: E731
+    jax.tree.map(close, stacked, stack_layers(single))
+    # An expert's matrix moves as if it were alone.
+    up_ECM = params['block_0']['moe']['experts']['up']['kernel']
+    alone = jax.jit(move)({'block_0': {'mlp': {'up': {'kernel': up_ECM[1]}}}})
+    own_CM = single['block_0']['moe']['experts']['up']['kernel'][1]
+    close(own_CM, alone['block_0']['mlp']['up']['kernel'])
 
 
 def test_muon_moves_the_rest_as_adamw_does():

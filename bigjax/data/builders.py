@@ -13,7 +13,7 @@ from pathlib import Path
 import absl.logging
 import tensorflow_datasets as tfds
 
-from bigjax.data.catalogues import Message, read_messages
+from bigjax.data.catalogues import Message, read_messages, read_translations
 
 
 @dataclasses.dataclass(eq=False)
@@ -27,6 +27,17 @@ class FilesConfig(tfds.core.BuilderConfig):
 
     root: str = ''
     splits: dict[str, list[str]] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(eq=False)
+class CataloguesConfig(tfds.core.BuilderConfig):
+    """Compiled message catalogues of one language.
+
+    Attributes:
+        files: paths.
+    """
+
+    files: list[str] = dataclasses.field(default_factory=list)
 
 
 with tfds.core.registered.skip_registration():
@@ -101,9 +112,50 @@ with tfds.core.registered.skip_registration():
             for number, row in enumerate(rows):
                 yield number, row._asdict()
 
+    class CataloguePairs(tfds.core.GeneratorBasedBuilder):
+        """Messages of installed packages with their translations into one language."""
+
+        VERSION = tfds.core.Version('1.0.0')
+        name = 'catalogue_pairs'
+
+        def _info(self) -> tfds.core.DatasetInfo:
+            return self.dataset_info_from_configs(
+                description=(
+                    'English messages from the gettext catalogues of installed Python packages '
+                    '(Django and the language packs of JupyterLab) with their translations. No '
+                    'English message is there twice or in two splits.'
+                ),
+                features=tfds.features.FeaturesDict(
+                    {
+                        'source': tfds.features.Text(doc='the message in English'),
+                        'target': tfds.features.Text(doc='its translation'),
+                    }
+                ),
+                supervised_keys=('source', 'target'),
+                homepage='https://www.djangoproject.com/',
+                citation=(
+                    'Django Software Foundation and contributors. Django. '
+                    'Project Jupyter contributors. JupyterLab language packs.'
+                ),
+                license='BSD-3-Clause',
+                disable_shuffling=True,
+            )
+
+        def _split_generators(self, dl_manager):
+            del dl_manager
+            splits = read_translations(self.builder_config.files).splits
+            return {split: self._generate_examples(pairs) for split, pairs in splits.items()}
+
+        def _generate_examples(self, pairs: list[tuple[str, str]]) -> Iterator:
+            for number, (source, target) in enumerate(pairs):
+                yield number, {'source': source, 'target': target}
+
 
 def build(
-    builder: type[tfds.core.GeneratorBasedBuilder], config: FilesConfig, *, data_dir: str
+    builder: type[tfds.core.GeneratorBasedBuilder],
+    config: tfds.core.BuilderConfig,
+    *,
+    data_dir: str,
 ) -> tfds.core.DatasetBuilder:
     """Returns a builder whose data is prepared under `data_dir` as ArrayRecord, in silence."""
     verbosity = absl.logging.get_verbosity()

@@ -24,6 +24,7 @@ class Card:
         path: where its prepared or original files lie; '' where a package holds them.
         sizes: examples in each split, or tokens for language modelling.
         unit: what `sizes` counts.
+        notes: what was noticed in it that a person should know, such as empty texts.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Card:
     path: str = ''
     sizes: dict[str, int] = dataclasses.field(default_factory=dict)
     unit: str = 'examples'
+    notes: tuple[str, ...] = ()
 
 
 def prepared(data_dir: str | os.PathLike, name: str, write: Callable[[Path], None]) -> Path:

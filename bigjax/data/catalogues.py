@@ -139,3 +139,60 @@ def package_root(package: str) -> str:
             f'of, is not installed; try pip install {package}'
         )
     return os.fspath(spec.submodule_search_locations[0])
+
+
+class Translations(NamedTuple):
+    """Messages of several packages with their translations into one language.
+
+    Attributes:
+        splits: 'train' and 'test' -> (English, translation) pairs, no English text twice.
+        left_out: how many messages are not among them, by reason.
+    """
+
+    splits: dict[str, list[tuple[str, str]]]
+    left_out: dict[str, int]
+
+
+def catalogue_files(root: str, language: str) -> list[str]:
+    """Returns the catalogues below `root` in a language, such as 'de', 'es_MX' or 'zh'.
+
+    A regional name is accepted for the language where packages differ in it: de and de_DE.
+    """
+    names = {language, f'{language}_{language.upper()}'}
+    if language == 'zh':
+        names |= {'zh_Hans', 'zh_CN'}
+    files = sorted(Path(root).rglob('LC_MESSAGES/*.mo'))
+    return [os.fspath(path) for path in files if path.parent.parent.name in names]
+
+
+def read_translations(files: Iterable[str]) -> Translations:
+    """Returns the messages of catalogues as pairs of texts.
+
+    Placeholders and markup stay, as a translation keeps them; runs of spaces and line ends become
+    one space. Of a plural message, singular and plural are pairs of their own. An English text that
+    occurs twice keeps its first translation; one whose translation equals it is left out. A tenth
+    of the pairs falls into 'test', by a hash of the English words alone, so that messages that
+    differ in punctuation, case or markup are on the same side.
+    """
+    left_out = {'untranslated': 0, 'without words': 0, 'doubles': 0}
+    pairs: dict[str, str] = {}
+    for file in files:
+        for msgid, translations in read_mo(Path(file)):
+            forms = msgid.split('\0')
+            # The first form of a translation is the singular, the last one a plural.
+            ends = translations[0], translations[-1]
+            for english, translation in zip(forms, ends, strict=False):
+                source, target = (' '.join(text.split()) for text in (english, translation))
+                if not clean(source) or not clean(target):
+                    left_out['without words'] += 1
+                elif source == target:
+                    left_out['untranslated'] += 1
+                elif source in pairs:
+                    left_out['doubles'] += 1
+                else:
+                    pairs[source] = target
+    splits: dict[str, list[tuple[str, str]]] = {'train': [], 'test': []}
+    for source, target in sorted(pairs.items()):
+        digest = hashlib.sha256(clean(source).casefold().encode()).digest()
+        splits['test' if digest[0] < 26 else 'train'].append((source, target))
+    return Translations(splits, left_out)

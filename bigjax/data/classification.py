@@ -3,42 +3,62 @@
 import dataclasses
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from bigjax.data.card import Card, MappedArray, load_json, prepared, save_json
-from bigjax.data.labelled import LabelledSource, Texts, open_labelled
+from bigjax.data.labelled import LabelledSource, open_labelled
+from bigjax.data.ragged import Ragged, read_ragged, write_ragged
 from bigjax.data.text import check_utf8
-from bigjax.data.tokenizers import Tokenizer, read_tokenizer, tokenizer_name, train_bpe
+from bigjax.data.tokenizers import Tokenizer, make_tokenizer, read_tokenizer, tokenizer_name
 from bigjax.experiment import UsageError
+
+if TYPE_CHECKING:
+    from bigjax.data.subwords import Template
 
 
 @dataclasses.dataclass(frozen=True)
 class TokenRows:
-    """Records of one text each, cut to `seq` tokens or filled with -1.
+    """Records of one text each, or two, cut to `seq` tokens or filled with -1.
 
     Attributes:
-        tokens: all texts, one after the other, integers [n].
-        ends: where each text ends in `tokens`, int64 [N].
+        texts: the texts.
         label: int32 [N].
         seq: tokens in a row.
+        pairs: the second texts, where there are.
+        template: special tokens around them, where the tokenizer has some.
     """
 
-    tokens: MappedArray | np.ndarray
-    ends: MappedArray | np.ndarray
+    texts: Ragged
     label: MappedArray | np.ndarray
     seq: int
+    pairs: Ragged | None = None
+    template: 'Template | None' = None
 
     def __len__(self) -> int:
-        return len(self.ends)
+        return len(self.texts)
 
     def take(self, indices: np.ndarray) -> dict[str, np.ndarray]:
         """Returns 'tokens' int32 [n, seq], -1 past the end of a text, and 'label' int32 [n]."""
-        starts = np.where(indices > 0, self.ends[np.maximum(indices - 1, 0)], 0)
-        places = starts[:, None] + np.arange(self.seq)[None]
-        inside = places < self.ends[indices][:, None]
-        tokens = self.tokens[np.where(inside, places, 0)].astype(np.int32)
-        return {'tokens': np.where(inside, tokens, np.int32(-1)), 'label': self.label[indices]}
+        if self.template is None:
+            tokens = self.texts.rows(indices, self.seq)
+        else:
+            tokens = np.empty((len(indices), self.seq), np.int32)
+            for row, index in enumerate(indices.tolist()):
+                pair = self.pairs.one(index) if self.pairs else None
+                tokens[row] = self.template.join(self.texts.one(index), pair, length=self.seq)
+        return {'tokens': tokens, 'label': self.label[indices]}
+
+    def cut(self) -> int:
+        """Returns how many records have more tokens than a row has room for."""
+        sizes = np.diff(self.texts.ends[:], prepend=0)
+        room = self.seq
+        if self.template:
+            room = self.template.room(self.seq, pair=self.pairs is not None)
+        if self.pairs:
+            sizes = sizes + np.diff(self.pairs.ends[:], prepend=0)
+        return int((sizes > room).sum())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +93,7 @@ def open_classification(
     vocab: int = 4096,
     text_column: str = 'text',
     label_column: str = 'label',
+    pair_column: str = '',
     test_file: str = '',
 ) -> LabelledData:
     """Returns labelled texts as rows of tokens, preparing them on first use.
@@ -81,10 +102,11 @@ def open_classification(
         dataset: 'catalogues' (Django's; 'catalogues:PACKAGE' for another), 'csv:FILE', 'tfds:NAME'.
         seq: tokens in a row; longer texts are cut.
         data_dir: where prepared data is kept.
-        tokenizer: 'bytes' or 'bpe' (trained on the training texts, once).
-        vocab: number of BPE tokens; 'bytes' has 256 whatever this says.
+        tokenizer: as for `tokenizer_name`; what is trained is trained on the training texts, once.
+        vocab: number of tokens of those that are trained.
         text_column: CSV column of the text.
         label_column: CSV column of the label.
+        pair_column: CSV column (or TFDS feature) of a second text; '' for single texts.
         test_file: CSV file of held-out texts; by default a tenth of the texts, by hash.
 
     Raises:
@@ -99,33 +121,48 @@ def open_classification(
         data_dir=data_dir,
         text_column=text_column,
         label_column=label_column,
+        pair_column=pair_column,
         test_file=test_file,
     )
     folder = prepared(
-        data_dir, f'texts/{source.key}-{name}', lambda made: write_rows(made, source, name, vocab)
+        data_dir,
+        f'texts/{source.key}-{name}',
+        lambda made: write_rows(made, source, tokenizer, vocab),
     )
     about = load_json(folder / 'about.json')
+    read = read_tokenizer(folder, name)
+    template = getattr(read, 'template', None)
+    if pair_column and not template:
+        raise UsageError(
+            f'--pair_column={pair_column}: --tokenizer={tokenizer} has no token between two texts; '
+            'try --tokenizer=wordpiece'
+        )
+    if template and seq < 8:
+        raise UsageError(f'--seq={seq}: must be at least 8; try --seq=128')
     train, test = (
         TokenRows(
-            tokens=MappedArray(folder / f'{split}-tokens.npy'),
-            ends=MappedArray(folder / f'{split}-ends.npy'),
+            texts=read_ragged(folder, split),
             label=MappedArray(folder / f'{split}-label.npy'),
             seq=seq,
+            pairs=read_ragged(folder, f'{split}-pair') if pair_column else None,
+            template=template,
         )
         for split in ('train', 'test')
     )
+    notes = [*about['card'].pop('notes', ())]
+    if cut := train.cut() + test.cut():
+        notes.append(f'{cut} of {len(train) + len(test)} texts are cut to --seq={seq} tokens')
+    sizes = {'train': len(train), 'test': len(test)}
     return LabelledData(
         train=train,
         test=test,
         class_names=tuple(about['class_names']),
-        tokenizer=read_tokenizer(folder, name),
-        card=dataclasses.replace(
-            Card(**about['card']), sizes={'train': len(train), 'test': len(test)}
-        ),
+        tokenizer=read,
+        card=Card(**{**about['card'], 'sizes': sizes, 'notes': tuple(notes)}),
     )
 
 
-def write_rows(folder: Path, source: LabelledSource, name: str, vocab: int) -> None:
+def write_rows(folder: Path, source: LabelledSource, tokenizer: str, vocab: int) -> None:
     """Writes tokens, ends and labels of both splits, and what is known of them, into `folder`."""
     class_names, train, test, card = source.read()
     if len(class_names) < 2:
@@ -133,23 +170,16 @@ def write_rows(folder: Path, source: LabelledSource, name: str, vocab: int) -> N
             f'--dataset={card.name}: all examples have the label {"".join(class_names)!r}; '
             'a classifier needs at least two'
         )
-    if name != 'bytes':
+    if tokenizer != 'bytes':
         for part in (train, test):
-            for place, text in zip(part.places, part.texts, strict=True):
-                check_utf8(text, place)
-        texts = (text.decode() for text in train.texts)
-        train_bpe(texts, vocab=vocab, path=folder / 'tokenizer.json')
-    tokenizer = read_tokenizer(folder, name)
+            for texts in filter(None, (part.texts, part.pairs)):
+                for place, text in zip(part.places, texts, strict=True):
+                    check_utf8(text, place)
+    learnt = lambda: (text.decode() for text in (*train.texts, *(train.pairs or ())))  # noqa: E731
+    made = make_tokenizer(folder, tokenizer, vocab=vocab, texts=learnt)
     for split, part in (('train', train), ('test', test)):
-        write_split(folder, split, part, tokenizer)
+        write_ragged(folder, split, made.encode_documents(part.texts))
+        np.save(folder / f'{split}-label.npy', np.array(part.labels, np.int32))
+        if part.pairs:
+            write_ragged(folder, f'{split}-pair', made.encode_documents(part.pairs))
     save_json(folder / 'about.json', {'class_names': class_names, 'card': dataclasses.asdict(card)})
-
-
-def write_split(folder: Path, split: str, part: Texts, tokenizer: Tokenizer) -> None:
-    """Writes one split."""
-    rows = list(tokenizer.encode_documents(part.texts))
-    # One token more than there is, so that a set of empty texts has something to point at.
-    flat = np.concatenate([*rows, np.zeros(1, rows[0].dtype)])
-    np.save(folder / f'{split}-tokens.npy', flat)
-    np.save(folder / f'{split}-ends.npy', np.cumsum([len(row) for row in rows], dtype=np.int64))
-    np.save(folder / f'{split}-label.npy', np.array(part.labels, np.int32))

@@ -58,13 +58,7 @@ def stdlib_corpus(*, data_dir: str) -> Corpus:
     Files are in path order; tests, caches and installed packages are left out. Validation is the
     last tenth, cut at the file boundary nearest 90 % of the bytes.
     """
-    root = sysconfig.get_path('stdlib')
-    sizes = dict(sorted(python_files(root)))
-    boundary = nearest_boundary(list(sizes.values()))
-    paths = list(sizes)
-    splits = {'train': paths[:boundary], 'validation': paths[boundary:]}
-    python = f'{platform.python_implementation()}_{platform.python_version()}'.lower()
-    key = f'{python.replace(".", "_")}_{fingerprint(sizes.items())}'
+    root, splits, python, key = stdlib_files()
 
     def documents(split: str) -> Iterator[tuple[str, bytes]]:
         from bigjax.data import builders
@@ -76,13 +70,26 @@ def stdlib_corpus(*, data_dir: str) -> Corpus:
 
     card = Card(
         name='stdlib',
-        description=f'Source text of the standard library of {python}, {len(paths)} files.',
+        description=f'Source text of the standard library of {python}, '
+        f'{sum(map(len, splits.values()))} files.',
         license='Python Software Foundation License Version 2',
         citation='Python Software Foundation. The Python Standard Library.',
         path=root,
         unit='tokens',
     )
     return Corpus(f'stdlib-{key}', card, documents)
+
+
+def stdlib_files() -> tuple[str, dict[str, list[str]], str, str]:
+    """Returns root, paths of each split, name of the interpreter, and a key of these very files."""
+    root = sysconfig.get_path('stdlib')
+    sizes = dict(sorted(python_files(root)))
+    boundary = nearest_boundary(list(sizes.values()))
+    paths = list(sizes)
+    splits = {'train': paths[:boundary], 'validation': paths[boundary:]}
+    python = f'{platform.python_implementation()}_{platform.python_version()}'.lower()
+    key = f'{python.replace(".", "_")}_{fingerprint(sizes.items())}'
+    return root, splits, python, key
 
 
 def python_files(folder: str, prefix: str = '') -> Iterator[tuple[str, int]]:

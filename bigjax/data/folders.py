@@ -3,16 +3,17 @@
 import dataclasses
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
-from bigjax.data.card import Card, MappedArray, prepared
+from bigjax.data.card import Card
 from bigjax.data.corpora import fingerprint
-from bigjax.data.images import CACHED_BYTES, ImageData
-from bigjax.data.pipeline import ArrayRecords, Records
+from bigjax.data.decode import Encoded
+from bigjax.data.framed import Frame, framed_files
+from bigjax.data.images import ImageData
 from bigjax.experiment import UsageError
 
 SUFFIXES = {'.png', '.jpg', '.jpeg', '.bmp', '.gif', '.webp', '.tif', '.tiff', '.ppm', '.pgm'}
@@ -23,56 +24,31 @@ COLOUR_FILES = 256
 
 
 @dataclasses.dataclass(frozen=True)
-class FileImages:
-    """Records read from image files when they are asked for.
+class ImageFiles:
+    """Image files with labels.
 
     Attributes:
         folder: where the paths start; names the set in messages.
-        paths: one path a record, below `folder`.
+        paths: one path an image, below `folder`.
         label: int32 [N].
-        shape: (H, W, C) of every image.
-        resize: whether images of another size are resized and centre-cropped, or refused.
     """
 
     folder: str
     paths: Sequence[str]
     label: np.ndarray
-    shape: tuple[int, int, int]
-    resize: bool
 
     def __len__(self) -> int:
         return len(self.paths)
 
-    def take(self, indices: np.ndarray) -> dict[str, np.ndarray]:
-        image = np.empty((len(indices), *self.shape), np.uint8)
-        for row, index in enumerate(indices.tolist()):
-            image[row] = self.read(self.paths[index])
-        return {'image': image, 'label': self.label[indices]}
-
-    def read(self, name: str) -> np.ndarray:
-        """Returns one image, uint8 `shape`."""
-        height, width, channels = self.shape
-        path = os.path.join(self.folder, name)
-        try:
-            with Image.open(path) as file:
-                if not self.resize and file.size != (width, height):
-                    raise UsageError(
-                        f'--dataset=images:{self.folder}: {name} is {file.width} x '
-                        f'{file.height} where {self.paths[0]} is {width} x {height}; '
-                        f'try --image_size={min(width, height)}'
-                    )
-                image = file.convert('L' if channels == 1 else 'RGB')
-                if image.size != (width, height):
-                    image = ImageOps.fit(image, (width, height))
-                return np.asarray(image, np.uint8).reshape(self.shape)
-        except (OSError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
-            raise UsageError(
-                f'--dataset=images:{self.folder}: {name} is not a readable image '
-                f'({type(error).__name__}); replace or remove it'
-            ) from error
+    def open(self, index: int, channels: int) -> tuple[Encoded, int]:
+        """Returns one image and its label."""
+        path = self.paths[index]
+        name = f'--dataset=images:{self.folder}: {path}'
+        whole = os.path.join(self.folder, path)
+        return Encoded(whole, channels=channels, name=name), int(self.label[index])
 
 
-def open_folders(folder: str, *, data_dir: str, image_size: int) -> ImageData:
+def open_folders(folder: str, *, data_dir: str, frame: Frame) -> ImageData:
     """Returns the images below `folder`/CLASS, or `folder`/train/CLASS and `folder`/test/CLASS.
 
     Where there is no train folder, a fifth of each class is held out, chosen by a hash of the
@@ -84,35 +60,31 @@ def open_folders(folder: str, *, data_dir: str, image_size: int) -> ImageData:
     splits, names = list_images(folder)
     first = splits['train'][0][0]
     height, width, channels = image_shape(folder, [path for path, _ in splits['train']])
-    if image_size:
-        height = width = image_size
-    records: Mapping[str, Records] = {
-        split: FileImages(
+    size = (frame.size,) * 2 if frame.size else (height, width)
+    shape = (*size, frame.channels or channels)
+    sources = {
+        split: ImageFiles(
             folder,
             tuple(path for path, _ in files),
             np.array([label for _, label in files], np.int32),
-            (height, width, channels),
-            bool(image_size),
         )
         for split, files in splits.items()
     }
-    sizes = {split: len(part) for split, part in records.items()}
-    if sum(sizes.values()) * height * width * channels <= CACHED_BYTES:
-        stats = [
-            (path, label, os.stat(os.path.join(folder, path)).st_mtime_ns)
-            for files in splits.values()
-            for path, label in files
-        ]
-        shape = f'{height}x{width}x{channels}'
-        key = fingerprint([os.path.abspath(folder), shape, bool(image_size), *stats])
-        records = decoded_once(records, data_dir=data_dir, name=f'images/folders-{shape}-{key}')
+    stats = [
+        (path, label, os.stat(os.path.join(folder, path)).st_mtime_ns)
+        for files in splits.values()
+        for path, label in files
+    ]
+    key = fingerprint([os.path.abspath(folder), *stats])
+    records = framed_files(sources, shape, frame, data_dir=data_dir, name=f'folders-{key}')
+    sizes = {split: len(part) for split, part in sources.items()}
     card = Card(
         name=f'images:{folder}',
         description=f'{len(names)} folders of images, such as {first}.',
         path=os.path.abspath(folder),
         sizes=sizes,
     )
-    return ImageData(records['train'], records['test'], names, (height, width, channels), card)
+    return ImageData(records['train'], records['test'], names, shape, card)
 
 
 def list_images(folder: str) -> tuple[dict[str, list[tuple[str, int]]], tuple[str, ...]]:
@@ -187,31 +159,3 @@ def image_shape(folder: str, paths: list[str]) -> tuple[int, int, int]:
             ) from error
     width, height = sizes[0]
     return height, width, channels
-
-
-def decoded_once(
-    records: Mapping[str, Records], *, data_dir: str, name: str
-) -> dict[str, ArrayRecords]:
-    """Returns `records` decoded into files under `data_dir` and mapped into memory."""
-
-    def write(made: Path) -> None:
-        for split, part in records.items():
-            columns: dict[str, np.ndarray] = {}
-            for indices in np.array_split(np.arange(len(part)), -(-len(part) // 256)):
-                for column, rows in part.take(indices).items():
-                    if column not in columns:
-                        columns[column] = np.lib.format.open_memmap(
-                            made / f'{split}-{column}.npy',
-                            'w+',
-                            rows.dtype,
-                            (len(part), *rows.shape[1:]),
-                        )
-                    columns[column][indices] = rows
-
-    folder = prepared(data_dir, name, write)
-    return {
-        split: ArrayRecords(
-            {part: MappedArray(folder / f'{split}-{part}.npy') for part in ('image', 'label')}
-        )
-        for split in records
-    }

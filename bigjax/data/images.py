@@ -11,13 +11,14 @@ import os
 import numpy as np
 
 from bigjax.data.card import Card
+from bigjax.data.framed import OWN_SHAPE, Frame, framed_arrays
 from bigjax.data.pipeline import ArrayRecords, Records
 from bigjax.experiment import UsageError
 
-# Sets whose decoded images take no more than this are decoded once and mapped into memory.
-CACHED_BYTES = 2**30
-# The statistics are those of at most this many training images, evenly spaced.
+# The statistics are those of at most so many training images, evenly spaced: arrays, and images
+# that must first be decoded.
 STATISTICS_IMAGES = 10_000
+STATISTICS_DECODED = 1_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +26,7 @@ class ImageData:
     """Labelled images in two splits; examples are 'image' uint8 [B, H, W, C], 'label' int32 [B].
 
     Attributes:
-        train: training records.
+        train: training records; with `Frame.whole`, images that are still to be cropped.
         test: held-out records.
         class_names: the name of each label.
         image_shape: (H, W, C).
@@ -46,11 +47,16 @@ class ImageData:
     def statistics(self) -> tuple[np.ndarray, np.ndarray]:
         """Mean and standard deviation of the training pixels, each float32 [C], in 0 .. 255."""
         size = len(self.train)
-        chosen = np.unique(np.linspace(0, size - 1, min(size, STATISTICS_IMAGES)).astype(np.int64))
+        decoded = self.train.take(np.zeros(1, np.int64))['image'].dtype == object
+        most = STATISTICS_DECODED if decoded else STATISTICS_IMAGES
+        chosen = np.unique(np.linspace(0, size - 1, min(size, most)).astype(np.int64))
         total = squares = np.zeros(self.image_shape[-1])
         count = 0
         for part in np.array_split(chosen, -(-len(chosen) // 256)):
-            pixels = self.train.take(part)['image'].astype(np.float64)
+            images = self.train.take(part)['image']
+            if decoded:
+                images = np.stack([image.centre(self.image_shape[:2]) for image in images])
+            pixels = images.astype(np.float64)
             total = total + pixels.sum((0, 1, 2))
             squares = squares + (pixels**2).sum((0, 1, 2))
             count += pixels[..., 0].size
@@ -59,14 +65,13 @@ class ImageData:
         return mean.astype(np.float32), std.astype(np.float32)
 
 
-def open_images(dataset: str, *, data_dir: str, image_size: int = 0) -> ImageData:
+def open_images(dataset: str, *, data_dir: str, frame: Frame = OWN_SHAPE) -> ImageData:
     """Returns the images named by `--dataset`.
 
     Args:
         dataset: 'digits', 'tfds:NAME', 'idx:DIR' or 'images:DIR'.
         data_dir: where prepared data is kept.
-        image_size: side to which 'images:' and 'tfds:' are resized and centre-cropped; 0 keeps
-            their own size, which must then be the same for all.
+        frame: how they are brought to one shape.
 
     Raises:
         UsageError: no such source, nothing there, or damaged files.
@@ -74,23 +79,30 @@ def open_images(dataset: str, *, data_dir: str, image_size: int = 0) -> ImageDat
     prefix, _, rest = dataset.partition(':')
     data_dir, path = os.path.expanduser(data_dir), os.path.expanduser(rest)
     if dataset == 'digits':
-        return open_digits()
+        return framed(open_digits(), frame)
     if prefix == 'idx' and rest:
         from bigjax.data.idx import open_idx
 
-        return open_idx(path, data_dir=data_dir)
+        return framed(open_idx(path, data_dir=data_dir), frame)
     if prefix == 'images' and rest:
         from bigjax.data.folders import open_folders
 
-        return open_folders(path, data_dir=data_dir, image_size=image_size)
+        return open_folders(path, data_dir=data_dir, frame=frame)
     if prefix == 'tfds' and rest:
         from bigjax.data.prepared_tfds import open_tfds_images
 
-        return open_tfds_images(rest, data_dir=data_dir, image_size=image_size)
+        return open_tfds_images(rest, data_dir=data_dir, frame=frame)
     raise UsageError(
         f'--dataset={dataset}: no such source of images; there are digits, tfds:NAME, idx:DIR and '
         'images:DIR; try --dataset=digits'
     )
+
+
+def framed(data: ImageData, frame: Frame) -> ImageData:
+    """Returns data that is in memory in the frame that is asked for."""
+    splits = {'train': data.train, 'test': data.test}
+    found, shape = framed_arrays(splits, data.image_shape, frame)
+    return dataclasses.replace(data, train=found['train'], test=found['test'], image_shape=shape)
 
 
 def open_digits() -> ImageData:

@@ -1,14 +1,15 @@
 """Texts with labels: message catalogues, the user's CSV files, TFDS sets."""
 
-import csv
+import collections
 import dataclasses
 import hashlib
 import importlib.metadata
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from bigjax.data.card import Card
 from bigjax.data.corpora import fingerprint
+from bigjax.data.csv_rows import Rows, read_csv
 from bigjax.experiment import UsageError
 
 
@@ -20,11 +21,13 @@ class Texts:
         places: where each comes from, for messages.
         texts: the texts, UTF-8 where nothing else is said.
         labels: index into the class names.
+        pairs: a second text each, where examples are pairs of texts.
     """
 
     places: list[str]
     texts: list[bytes]
     labels: list[int]
+    pairs: list[bytes] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,18 +44,25 @@ class LabelledSource:
 
 
 def open_labelled(
-    dataset: str, *, data_dir: str, text_column: str, label_column: str, test_file: str
+    dataset: str,
+    *,
+    data_dir: str,
+    text_column: str,
+    label_column: str,
+    test_file: str,
+    pair_column: str = '',
 ) -> LabelledSource:
     """Returns the source named by `--dataset`: 'catalogues', 'csv:FILE' or 'tfds:NAME'."""
     prefix, _, rest = dataset.partition(':')
     if dataset == 'catalogues' or (prefix == 'catalogues' and rest):
         return catalogue_source(rest or 'django', data_dir=data_dir)
     if prefix == 'csv' and rest:
-        return csv_source(
-            os.path.expanduser(rest), os.path.expanduser(test_file), text_column, label_column
-        )
+        columns = {'text_column': text_column, 'label_column': label_column}
+        if pair_column:
+            columns['pair_column'] = pair_column
+        return csv_source(os.path.expanduser(rest), os.path.expanduser(test_file), columns)
     if prefix == 'tfds' and rest:
-        return tfds_source(rest, data_dir=data_dir)
+        return tfds_source(rest, data_dir=data_dir, pair_column=pair_column)
     raise UsageError(
         f'--dataset={dataset}: no such source of labelled text; there are catalogues, csv:FILE '
         'and tfds:NAME; try --dataset=catalogues'
@@ -95,103 +105,100 @@ def catalogue_source(package: str, *, data_dir: str) -> LabelledSource:
     return LabelledSource(f'catalogues-{key}', read)
 
 
-def csv_source(path: str, test_path: str, text_column: str, label_column: str) -> LabelledSource:
-    """Returns a CSV file with a header; a tenth of its texts is held out unless a file is given."""
-    paths = [path, test_path] if test_path else [path]
-    for name in paths:
+def csv_source(path: str, test_path: str, columns: dict[str, str]) -> LabelledSource:
+    """Returns a CSV file with a header; a tenth of its texts is held out unless a file is given.
+
+    Args:
+        path: the file.
+        test_path: a file of held-out texts, or ''.
+        columns: names of the columns by knob: text_column, label_column and maybe pair_column.
+    """
+    files = {f'--dataset=csv:{path}': path}
+    if test_path:
+        files[f'--test_file={test_path}'] = test_path
+    for flag, name in files.items():
         if not os.path.isfile(name):
-            flag = '--dataset=csv:' if name == path else '--test_file='
-            raise UsageError(f'{flag}{name}: no such file')
-    stats = [(os.path.abspath(p), os.stat(p).st_size, os.stat(p).st_mtime_ns) for p in paths]
+            raise UsageError(f'{flag}: no such file')
+    stats = [
+        (os.path.abspath(p), os.stat(p).st_size, os.stat(p).st_mtime_ns) for p in files.values()
+    ]
 
     def read() -> tuple[list[str], Texts, Texts, Card]:
-        parts = [read_csv(name, [text_column, label_column]) for name in paths]
+        parts = [read_csv(name, columns, flag=flag) for flag, name in files.items()]
+        for (flag, _), rows in zip(files.items(), parts, strict=True):
+            check_labels(rows, flag)
+        notes = [
+            note
+            for name, rows in zip(files.values(), parts, strict=True)
+            for note in noticed(rows, name, pair='pair_column' in columns)
+        ]
+        if test_path:
+            check_seen(parts[1], parts[0], test_path, path)
+        else:
+            parts = list(hold_out(parts[0], path))
         names = class_names(row[1] for rows in parts for _, row in rows)
         number = {name: label for label, name in enumerate(names)}
-        if len(parts) == 1:
-            kept, out = hold_out(parts[0], path)
-            parts = [kept, out]
-        unseen = {row[1] for _, row in parts[1]} - {row[1] for _, row in parts[0]}
-        if test_path and unseen:
-            raise UsageError(
-                f'--test_file={test_path}: labels that {path} has not: {", ".join(sorted(unseen))}'
-            )
         train, test = (
             Texts(
-                [f'{path} line {line}' for line, _ in rows],
-                [text.encode() for _, (text, _) in rows],
-                [number[label] for _, (_, label) in rows],
+                [f'{name} line {line}' for line, _ in rows],
+                [row[0].encode() for _, row in rows],
+                [number[row[1]] for _, row in rows],
+                [row[2].encode() for _, row in rows] if 'pair_column' in columns else None,
             )
-            for rows in parts
+            for name, rows in zip((path, test_path or path), parts, strict=True)
         )
         card = Card(
             name=f'csv:{path}',
             description=f'Texts with {len(names)} labels.',
             path=os.path.abspath(path),
+            notes=tuple(notes),
         )
         return names, train, test, card
 
-    return LabelledSource(f'csv-{fingerprint([text_column, label_column, *stats])}', read)
+    return LabelledSource(f'csv-{fingerprint([*columns.items(), *stats])}', read)
 
 
-def read_csv(path: str, columns: list[str]) -> list[tuple[int, list[str]]]:
-    """Returns line number and the chosen columns of every row of a CSV file with a header.
-
-    Raises:
-        UsageError: the file is empty, not UTF-8 or not CSV, or a column or a value is missing.
-    """
-    flag = f'--dataset=csv:{path}'
-    rows = []
-    try:
-        with open(path, encoding='utf-8-sig', newline='') as file:
-            reader = csv.reader(file, strict=True)
-            header = next(reader, [])
-            places = [column_place(header, column, path) for column in columns]
-            for row in reader:
-                if not row:
-                    continue
-                if len(row) != len(header):
-                    raise UsageError(
-                        f'{flag}: line {reader.line_num} has {len(row)} values where the header '
-                        f'has {len(header)}; quote values that hold commas or line ends'
-                    )
-                rows.append((reader.line_num, [row[place] for place in places]))
-    except UnicodeDecodeError as error:
-        raise UsageError(f'{flag}: {where_not_utf8(path)}; save it as UTF-8') from error
-    except csv.Error as error:
-        raise UsageError(f'{flag}: line {reader.line_num}: {error}') from error
-    if not rows:
+def check_labels(rows: Rows, flag: str) -> None:
+    """Raises UsageError where a row has no label."""
+    bad = [line for line, row in rows if not row[1].strip()]
+    if bad:
         raise UsageError(
-            f'{flag}: the file has {"a header but no rows" if header else "nothing in it"}; it '
-            f'needs a header with the columns {", ".join(columns)}, and at least one row'
+            f'{flag}: {len(bad)} rows have no label, the first is line {bad[0]}; label or remove '
+            'them'
         )
-    return rows
 
 
-def column_place(header: list[str], column: str, path: str) -> int:
-    """Returns where a column stands in a CSV header."""
-    if not header:
-        return 0  # an empty file, reported when it turns out to have no rows
-    if column not in header:
+def check_seen(test: Rows, train: Rows, test_path: str, path: str) -> None:
+    """Raises UsageError where held-out rows have labels that no training row has."""
+    seen = {row[1] for _, row in train}
+    unseen = [(line, row[1]) for line, row in test if row[1] not in seen]
+    if unseen:
         raise UsageError(
-            f'--dataset=csv:{path}: no column {column!r}; the columns are {", ".join(header)}'
+            f'--test_file={test_path}: {len(unseen)} rows have labels that {path} has not: '
+            f'{", ".join(sorted({label for _, label in unseen}))}; the first is line '
+            f'{unseen[0][0]}; its labels are {", ".join(class_names(seen))}'
         )
-    return header.index(column)
 
 
-def where_not_utf8(path: str) -> str:
-    """Returns how many lines of a file are not UTF-8, and the first of them."""
-    bad = []
-    with open(path, 'rb') as file:
-        for number, line in enumerate(file, 1):
-            try:
-                line.decode()
-            except UnicodeDecodeError:
-                bad.append(number)
-    return f'{len(bad)} lines are not UTF-8, the first is line {bad[0] if bad else "?"}'
+def noticed(rows: Rows, path: str, *, pair: bool) -> list[str]:
+    """Returns what a person should know of the rows of a CSV file, all of which are kept."""
+    notes = []
+    for place, what in ((0, 'text'), (2, 'second text'))[: 2 if pair else 1]:
+        empty = [line for line, row in rows if not row[place].strip()]
+        if empty:
+            notes.append(
+                f'{path}: {len(empty)} of {len(rows)} rows have an empty {what}, the first is '
+                f'line {empty[0]}'
+            )
+    labels = collections.defaultdict(set)
+    for _, row in rows:
+        labels[row[0], *row[2:]].add(row[1])
+    if several := sum(len(found) > 1 for found in labels.values()):
+        notes.append(f'{path}: {several} texts stand there with different labels')
+    return notes
 
 
-def class_names(labels) -> list[str]:
+def class_names(labels: Iterable[str]) -> list[str]:
     """Returns the distinct labels, in numerical order if all are whole numbers."""
     names = set(labels)
     try:
@@ -200,7 +207,7 @@ def class_names(labels) -> list[str]:
         return sorted(names)
 
 
-def hold_out(rows: list[tuple[int, list[str]]], path: str) -> tuple[list, list]:
+def hold_out(rows: Rows, path: str) -> tuple[Rows, Rows]:
     """Returns the rows that stay and a tenth, chosen by a hash of the text, that does not.
 
     A text that stands in several rows is on one side only.
@@ -217,8 +224,12 @@ def hold_out(rows: list[tuple[int, list[str]]], path: str) -> tuple[list, list]:
     return kept, [item for item in rows if item[1][0] in out]
 
 
-def tfds_source(name: str, *, data_dir: str) -> LabelledSource:
-    """Returns a TFDS set with a text and a class label."""
+def tfds_source(name: str, *, data_dir: str, pair_column: str = '') -> LabelledSource:
+    """Returns a TFDS set with a text and a class label; its pairs are the feature `pair_column`.
+
+    The held-out split is the first with labels of 'test' and 'validation', which GLUE's tests, for
+    one, have not; else a tenth of the training split.
+    """
     import tensorflow_datasets as tfds
 
     from bigjax.data import prepared_tfds
@@ -227,21 +238,36 @@ def tfds_source(name: str, *, data_dir: str) -> LabelledSource:
     builder = prepared_tfds.open_builder(name, data_dir=data_dir)
     text = prepared_tfds.text_feature(builder, flag)
     label = prepared_tfds.feature_of(builder, tfds.features.ClassLabel, flag)
-    splits = prepared_tfds.chosen_splits(builder, held_out=prepared_tfds.HELD_OUT, percent=10)
+    if pair_column and pair_column not in builder.info.features:
+        features = ', '.join(builder.info.features)
+        raise UsageError(
+            f'--pair_column={pair_column}: {name} has no such feature; it has {features}'
+        )
+    held_out = tuple(
+        split
+        for split in prepared_tfds.HELD_OUT
+        if split in builder.info.splits
+        and builder.as_data_source(split=f'{split}[:1]')[0][label] >= 0
+    )
+    splits = prepared_tfds.chosen_splits(builder, held_out=held_out, percent=10)
 
     def read() -> tuple[list[str], Texts, Texts, Card]:
         parts = []
         for split in splits:
             rows = list(builder.as_data_source(split=split))
+            if bare := sum(row[label] < 0 for row in rows):
+                raise UsageError(f'{flag}: {bare} records of {split} have no label')
             parts.append(
                 Texts(
                     [f'{builder.data_path} {split} record {row}' for row in range(len(rows))],
                     [row[text] for row in rows],
                     [int(row[label]) for row in rows],
+                    [row[pair_column] for row in rows] if pair_column else None,
                 )
             )
         names = list(builder.info.features[label].names)
         train, test = parts
         return names, train, test, prepared_tfds.tfds_card(builder, name)
 
-    return LabelledSource('tfds-' + builder.info.full_name.replace('/', '-'), read)
+    key = 'tfds-' + builder.info.full_name.replace('/', '-')
+    return LabelledSource(key + (f'-{pair_column}' if pair_column else ''), read)

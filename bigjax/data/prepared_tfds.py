@@ -1,15 +1,13 @@
 """TFDS sets, read from the ArrayRecord files under the data folder, without TensorFlow."""
 
 import dataclasses
-from collections.abc import Mapping
 
-import numpy as np
 import tensorflow_datasets as tfds
 
 from bigjax.data.card import Card
-from bigjax.data.folders import decoded_once
-from bigjax.data.images import CACHED_BYTES, ImageData
-from bigjax.data.pipeline import Records
+from bigjax.data.decode import Encoded
+from bigjax.data.framed import Frame, framed_files
+from bigjax.data.images import ImageData
 from bigjax.experiment import UsageError
 
 HELD_OUT = ('test', 'validation')
@@ -86,12 +84,13 @@ def tfds_card(builder: tfds.core.DatasetBuilder, name: str) -> Card:
 
 
 class TfdsImages:
-    """Records of a TFDS split, decoded when they are asked for; opened anew where unpickled."""
+    """Encoded images of a TFDS split; opened anew where unpickled."""
 
-    def __init__(self, builder, split: str, image: str, label: str, size: int):
-        self.arguments = (builder, split, image, label, size)
-        self.builder, self.split, self.image, self.label, self.size = self.arguments
-        self.source = builder.as_data_source(split=split)
+    def __init__(self, builder: tfds.core.DatasetBuilder, split: str, image: str, label: str):
+        self.arguments = (builder, split, image, label)
+        self.builder, self.split, self.image, self.label = self.arguments
+        undecoded = {image: tfds.decode.SkipDecoding()}
+        self.source = builder.as_data_source(split=split, decoders=undecoded)
 
     def __reduce__(self):
         return TfdsImages, self.arguments
@@ -99,38 +98,21 @@ class TfdsImages:
     def __len__(self) -> int:
         return len(self.source)
 
-    def take(self, indices: np.ndarray) -> dict[str, np.ndarray]:
-        examples = [self.read(index) for index in indices.tolist()]
-        images, labels = zip(*examples, strict=True)
-        shapes = {image.shape for image in images}
-        if len(shapes) > 1:
-            raise UsageError(
-                f'--dataset=tfds:{self.builder.name}: its images differ in size '
-                f'({" and ".join(map(str, sorted(shapes)[:2]))}); try --image_size=224'
-            )
-        return {'image': np.stack(images), 'label': np.array(labels, np.int32)}
-
-    def read(self, index: int) -> tuple[np.ndarray, int]:
+    def open(self, index: int, channels: int) -> tuple[Encoded, int]:
+        """Returns one image and its label."""
+        name = f'--dataset=tfds:{self.builder.name}: record {index} of {self.split}'
         try:
             example = self.source[index]
-        except Exception as error:  # whatever a decoder raises on damaged bytes
+        except Exception as error:  # whatever a parser raises on damaged bytes
             raise UsageError(
-                f'--dataset=tfds:{self.builder.name}: record {index} of {self.split} in '
-                f'{self.builder.data_path} cannot be read ({type(error).__name__}: {error})'
+                f'{name} in {self.builder.data_path} cannot be read '
+                f'({type(error).__name__}: {error})'
             ) from error
-        image = example[self.image]
-        if self.size and image.shape[:2] != (self.size, self.size):
-            from PIL import Image, ImageOps
-
-            grey = image.shape[-1] == 1
-            fitted = ImageOps.fit(
-                Image.fromarray(image[..., 0] if grey else image), (self.size,) * 2
-            )
-            image = np.asarray(fitted).reshape(self.size, self.size, -1)
+        image = Encoded(bytes(example[self.image]), channels=channels, name=name)
         return image, int(example[self.label])
 
 
-def open_tfds_images(name: str, *, data_dir: str, image_size: int) -> ImageData:
+def open_tfds_images(name: str, *, data_dir: str, frame: Frame) -> ImageData:
     """Returns a TFDS image classification set; without a test split a fifth of train is held out.
 
     Raises:
@@ -140,18 +122,27 @@ def open_tfds_images(name: str, *, data_dir: str, image_size: int) -> ImageData:
     flag = f'--dataset=tfds:{name}'
     image = feature_of(builder, tfds.features.Image, flag)
     label = feature_of(builder, tfds.features.ClassLabel, flag)
-    splits = chosen_splits(builder, held_out=HELD_OUT, percent=20)
-    records: Mapping[str, Records] = {
-        split: TfdsImages(builder, chosen, image, label, image_size)
+    # ImageNet's test images have the label -1: it is their validation images that count.
+    labelled = tuple(
+        split
+        for split in HELD_OUT
+        if split in builder.info.splits
+        and builder.info.splits[split].num_examples
+        and TfdsImages(builder, split, image, label).open(0, 3)[1] >= 0
+    )
+    splits = chosen_splits(builder, held_out=labelled, percent=20)
+    sources = {
+        split: TfdsImages(builder, chosen, image, label)
         for split, chosen in zip(('train', 'test'), splits, strict=True)
     }
-    sizes = {split: len(part) for split, part in records.items()}
+    sizes = {split: len(part) for split, part in sources.items()}
     if not all(sizes.values()):
         raise UsageError(f'{flag}: a split is empty: {sizes}')
-    shape = records['train'].take(np.zeros(1, np.int64))['image'].shape[1:]
-    if sum(sizes.values()) * int(np.prod(shape)) <= CACHED_BYTES:
-        key = f'{builder.info.full_name.replace("/", "-")}-{image_size or "own"}'
-        records = decoded_once(records, data_dir=data_dir, name=f'images/tfds-{key}')
+    channels = frame.channels or builder.info.features[image].shape[-1] or 3
+    size = (frame.size,) * 2 if frame.size else sources['train'].open(0, channels)[0].size
+    shape = (*size, channels)
+    key = f'tfds-{builder.info.full_name.replace("/", "-")}'
+    records = framed_files(sources, shape, frame, data_dir=data_dir, name=key)
     card = dataclasses.replace(tfds_card(builder, name), sizes=sizes)
     names = tuple(builder.info.features[label].names)
     return ImageData(records['train'], records['test'], names, shape, card)

@@ -7,7 +7,8 @@ import os
 import numpy as np
 
 from bigjax.data.card import Card
-from bigjax.data.labelled import class_names, read_csv
+from bigjax.data.csv_rows import read_csv
+from bigjax.data.labelled import class_names
 from bigjax.data.pipeline import ArrayRecords
 from bigjax.experiment import UsageError
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from bigjax.data.card import Card, MappedArray, prepared
 from bigjax.data.corpora import SPLITS, Corpus, open_corpus
-from bigjax.data.tokenizers import Tokenizer, read_tokenizer, tokenizer_name, train_bpe
+from bigjax.data.tokenizers import Tokenizer, make_tokenizer, read_tokenizer, tokenizer_name
 from bigjax.experiment import UsageError
 
 
@@ -64,8 +64,8 @@ def open_language(
         dataset: 'stdlib', 'files:GLOB' or 'tfds:NAME'.
         seq: tokens predicted in a window.
         data_dir: where prepared data is kept.
-        tokenizer: 'bytes' or 'bpe' (trained on the training text, once).
-        vocab: number of BPE tokens; 'bytes' has 256 whatever this says.
+        tokenizer: as for `tokenizer_name`; what is trained is trained on the training text, once.
+        vocab: number of tokens of those that are trained.
 
     Raises:
         UsageError: unknown source or tokenizer, nothing there, text too short, not UTF-8 for BPE.
@@ -78,7 +78,7 @@ def open_language(
     folder = prepared(
         data_dir,
         f'tokens/{corpus.key}-{name}',
-        lambda made: write_tokens(made, corpus, name, vocab),
+        lambda made: write_tokens(made, corpus, tokenizer, vocab),
     )
     train, validation = (Windows(MappedArray(folder / f'{split}.npy'), seq) for split in SPLITS)
     for split, windows in zip(SPLITS, (train, validation), strict=True):
@@ -96,14 +96,13 @@ def open_language(
     )
 
 
-def write_tokens(folder: Path, corpus: Corpus, name: str, vocab: int) -> None:
-    """Writes the tokens of each split, and the tokenizer if it was trained, into `folder`."""
-    if name != 'bytes':
-        texts = (text.decode() for text in documents(corpus, 'train', utf8=True))
-        train_bpe(texts, vocab=vocab, path=folder / 'tokenizer.json')
-    tokenizer = read_tokenizer(folder, name)
+def write_tokens(folder: Path, corpus: Corpus, tokenizer: str, vocab: int) -> None:
+    """Writes the tokens of each split, and the tokenizer if it has a file, into `folder`."""
+    utf8 = tokenizer != 'bytes'
+    texts = lambda: (text.decode() for text in documents(corpus, 'train', utf8=utf8))  # noqa: E731
+    made = make_tokenizer(folder, tokenizer, vocab=vocab, texts=texts)
     for split in SPLITS:
-        tokens = tokenizer.encode_documents(documents(corpus, split, utf8=name != 'bytes'))
+        tokens = made.encode_documents(documents(corpus, split, utf8=utf8))
         np.save(folder / f'{split}.npy', np.concatenate([*tokens]))
 
 
@@ -116,7 +115,7 @@ def documents(corpus: Corpus, split: str, *, utf8: bool) -> Iterator[bytes]:
 
 
 def check_utf8(text: bytes, place: str) -> None:
-    """Raises UsageError where a text that BPE is to read is not UTF-8."""
+    """Raises UsageError where a text that a tokenizer of characters is to read is not UTF-8."""
     try:
         text.decode()
     except UnicodeDecodeError as error:

@@ -1,7 +1,12 @@
-"""Tokenizers: bytes, and byte-level BPE trained on the corpus at hand. Both are lossless."""
+"""Tokenizers: bytes and byte-level BPE, both lossless; and the choice of one by `--tokenizer`.
 
+Those with special tokens are in `bigjax.data.subwords`.
+"""
+
+import hashlib
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -11,6 +16,8 @@ from bigjax.experiment import UsageError
 
 # Documents that HF `tokenizers` encodes in one call, on all cores.
 DOCUMENTS_AT_ONCE = 64
+# Tokenizers trained on the texts at hand, and the fewest tokens they can have.
+TRAINED = {'bpe': 256, 'wordpiece': 100, 'wordpiece_cased': 100, 'masked_bpe': 261}
 
 
 class Tokenizer(Protocol):
@@ -35,6 +42,9 @@ class Tokenizer(Protocol):
     def encode_documents(self, documents: Iterable[bytes]) -> Iterator[np.ndarray]:
         """Yields the tokens of each document (UTF-8), unsigned integers [n]."""
 
+    def save(self, folder: Path) -> None:
+        """Writes tokenizer.json into `folder`, which has a model's weights; bytes write nothing."""
+
 
 class ByteTokenizer:
     """Every byte of the UTF-8 text is a token."""
@@ -53,6 +63,9 @@ class ByteTokenizer:
     def encode_documents(self, documents: Iterable[bytes]) -> Iterator[np.ndarray]:
         """Yields the tokens of each document, uint8 [n]."""
         return (np.frombuffer(document, np.uint8) for document in documents)
+
+    def save(self, folder: Path) -> None:
+        pass
 
 
 class BpeTokenizer:
@@ -87,6 +100,9 @@ class BpeTokenizer:
             for encoding in self.model.encode_batch_fast(texts):
                 yield np.array(encoding.ids, dtype)
 
+    def save(self, folder: Path) -> None:
+        self.model.save(str(folder / 'tokenizer.json'))
+
 
 def byte_letters() -> list[str]:
     """Returns the printable character that stands for each byte in a byte-level vocabulary.
@@ -116,22 +132,67 @@ def train_bpe(documents: Iterable[str], *, vocab: int, path: Path) -> None:
 
 
 def tokenizer_name(tokenizer: str, vocab: int) -> str:
-    """Returns the name of a kind of tokenizer and its size: 'bytes', 'bpe4096'.
+    """Returns what tells a tokenizer from others in cache paths: 'bytes', 'bpe4096', 'own-1a2b…'.
+
+    Args:
+        tokenizer: 'bytes'; 'bpe', 'wordpiece', 'wordpiece_cased' or 'masked_bpe', which are trained
+            on the training texts, the last three with BERT's or RoBERTa's special tokens; or the
+            folder (or the tokenizer.json) of a pretrained model.
+        vocab: number of tokens of those that are trained.
 
     Raises:
         UsageError: no such tokenizer, or a vocabulary that cannot be.
     """
     if tokenizer == 'bytes':
         return tokenizer
-    if tokenizer != 'bpe':
-        raise UsageError(f'--tokenizer={tokenizer}: must be bytes or bpe; try --tokenizer=bytes')
-    if vocab < 256:
+    if tokenizer in TRAINED:
+        if vocab < TRAINED[tokenizer]:
+            raise UsageError(
+                f'--vocab={vocab}: --tokenizer={tokenizer} has at least {TRAINED[tokenizer]} '
+                'tokens, letters or bytes and special ones; try --vocab=4096'
+            )
+        return f'{tokenizer}{vocab}'
+    if not os.path.exists(os.path.expanduser(tokenizer)):
         raise UsageError(
-            f'--vocab={vocab}: a byte-level BPE has at least the 256 bytes; try --vocab=4096'
+            f'--tokenizer={tokenizer}: must be bytes, {", ".join(TRAINED)} or the folder of a '
+            'pretrained model; try --tokenizer=bytes'
         )
-    return f'bpe{vocab}'
+    from bigjax.data import subwords
+
+    model = subwords.read_folder(tokenizer).to_str()
+    return f'own-{hashlib.sha256(model.encode()).hexdigest()[:10]}'
 
 
-def read_tokenizer(folder: Path, name: str) -> ByteTokenizer | BpeTokenizer:
+def make_tokenizer(
+    folder: Path, tokenizer: str, *, vocab: int, texts: Callable[[], Iterable[str]]
+) -> Tokenizer:
+    """Writes the file of a tokenizer, trained or copied, into `folder` and returns it.
+
+    Args:
+        folder: where `read_tokenizer` finds it again.
+        tokenizer: as for `tokenizer_name`.
+        vocab: number of tokens of those that are trained.
+        texts: what it is trained on; not called for those that are not trained.
+    """
+    path = folder / 'tokenizer.json'
+    if tokenizer == 'bpe':
+        train_bpe(texts(), vocab=vocab, path=path)
+    elif tokenizer != 'bytes':
+        from bigjax.data import subwords
+
+        if tokenizer in TRAINED:
+            subwords.train_subwords(texts(), kind=tokenizer, vocab=vocab, path=path)
+        else:
+            subwords.read_folder(tokenizer).save(str(path))
+    return read_tokenizer(folder, tokenizer_name(tokenizer, vocab))
+
+
+def read_tokenizer(folder: Path, name: str) -> Tokenizer:
     """Returns the tokenizer called `name` whose file, if it has one, is in `folder`."""
-    return ByteTokenizer() if name == 'bytes' else BpeTokenizer(folder / 'tokenizer.json')
+    if name == 'bytes':
+        return ByteTokenizer()
+    if name.startswith('bpe'):
+        return BpeTokenizer(folder / 'tokenizer.json')
+    from bigjax.data import subwords
+
+    return subwords.SubwordTokenizer(folder / 'tokenizer.json')

@@ -1,33 +1,52 @@
-"""GPT: a decoder-only transformer with learned positions (Radford et al. 2019).
+"""GPT-2 and GPT-3: decoder-only transformers with learned positions (Radford et al. 2019).
 
-Legend: B batch, T positions of the input, S positions of the cache, C width, H heads, D = C / H,
-V vocabulary, M width of the hidden MLP layer, L layers.
+Legend: B batch, T positions of the input, C width, H heads, D = C / H, V vocabulary.
 """
 
+import functools
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from bigjax.experiment import UsageError
+from bigjax.models.decoder import Cache, KeyValue, attend, embed, empty_cache, logits, positions
 from bigjax.nn.activations import gelu
-from bigjax.nn.attention import Implementation, attention, cached_attention
+from bigjax.nn.attention import Implementation
 from bigjax.nn.linear import Dense
+from bigjax.nn.moe import DENSE, MoE, Routing
 from bigjax.nn.norm import LayerNorm
+from bigjax.nn.stack import Remat, stack, stacked_rules
 
 # GPT-2's published variants; all have 1,024 positions and 50,257 tokens.
-SIZES = {
+GPT2_SIZES = {
     '124M': {'depth': 12, 'heads': 12, 'width': 768},
     '355M': {'depth': 24, 'heads': 16, 'width': 1024},
     '774M': {'depth': 36, 'heads': 20, 'width': 1280},
     '1.5B': {'depth': 48, 'heads': 25, 'width': 1600},
 }
 
-RULES = (
-    (r'embedding$', ('vocab', 'embed')),
-    (r'position$', (None, 'embed')),
+# GPT-3's (Brown et al. 2020, table 2.1): 2,048 positions, the same tokens. The table's 24 heads of
+# 128 for 1.3B and its width of 5,140 for 13B contradict the rest of it; these fit its counts.
+GPT3_SIZES = {
+    '125M': {'depth': 12, 'heads': 12, 'width': 768},
+    '350M': {'depth': 24, 'heads': 16, 'width': 1024},
+    '760M': {'depth': 24, 'heads': 16, 'width': 1536},
+    '1.3B': {'depth': 24, 'heads': 16, 'width': 2048},
+    '2.7B': {'depth': 32, 'heads': 32, 'width': 2560},
+    '6.7B': {'depth': 32, 'heads': 32, 'width': 4096},
+    '13B': {'depth': 40, 'heads': 40, 'width': 5120},
+    '175B': {'depth': 96, 'heads': 96, 'width': 12288},
+}
+
+_BLOCK_RULES = (
+    (r'router_kernel$', ('embed', None)),
+    (r'experts/up/kernel$', ('experts', 'embed', None)),
+    (r'experts/up/bias$', ('experts', None)),
+    (r'experts/down/kernel$', ('experts', None, 'embed')),
+    (r'experts/down/bias$', ('experts', 'embed')),
     (r'qkv/kernel$', ('embed', 'heads', None, None)),
     (r'qkv/bias$', ('heads', None, None)),
     (r'attention/out/kernel$', ('heads', None, 'embed')),
@@ -36,17 +55,13 @@ RULES = (
     (r'mlp/down/kernel$', ('mlp', 'embed')),
     (r'(scale|bias)$', ('embed',)),
 )
-
-
-class Cache(NamedTuple):
-    """Keys and values of the positions decoded so far, one array [B, S, H, D] a layer.
-
-    Row b holds `length_B[b]` positions; what lies behind is ignored and overwritten.
-    """
-
-    k_BSHD: tuple[jax.Array, ...]
-    v_BSHD: tuple[jax.Array, ...]
-    length_B: jax.Array
+RULES = (
+    (r'embedding$', ('vocab', 'embed')),
+    (r'position$', (None, 'embed')),
+    *stacked_rules(_BLOCK_RULES),
+)
+# 50,257 is 29 times 1,733, which no tensor axis divides: the table is split along the width alone.
+ODD_VOCAB_RULES = ((r'embedding$', (None, 'embed')), *RULES)
 
 
 class Attention(nn.Module):
@@ -68,33 +83,17 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self,
-        x_BTC: jax.Array,
-        cache: tuple[jax.Array, jax.Array, jax.Array] | None = None,
-    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
+        self, x_BTC: jax.Array, kv: KeyValue | None, start_B: jax.Array | None
+    ) -> tuple[jax.Array, KeyValue | None]:
         C, H = x_BTC.shape[-1], self.heads
         options = {'use_bias': self.bias, 'dtype': self.dtype}
         init = nn.initializers.normal(0.02)
         qkv = Dense((H, 3, C // H), kernel_init=init, name='qkv', **options)(x_BTC)
         # Not qkv[:, :, :, i], whose gradient is a sum of zero-padded arrays; this one's is a join.
         q_BTHD, k_BTHD, v_BTHD = (x.squeeze(3) for x in jnp.split(qkv, 3, axis=3))
-        kv = None
-        if cache is None:
-            o_BTHD = attention(q_BTHD, k_BTHD, v_BTHD, causal=True, impl=self.impl)
-        else:
-            k_BSHD, v_BSHD, start_B = cache
-            kv = _write(k_BSHD, k_BTHD, start_B), _write(v_BSHD, v_BTHD, start_B)
-            o_BTHD = cached_attention(q_BTHD, *kv, start_B=start_B)
+        o_BTHD, kv = attend(q_BTHD, k_BTHD, v_BTHD, kv, start_B, self.impl)
         out = Dense(C, in_dims=2, kernel_init=self.out_init, name='out', **options)
         return out(o_BTHD), kv
-
-
-def _write(cache_BSHD: jax.Array, new_BTHD: jax.Array, start_B: jax.Array) -> jax.Array:
-    new_BTHD = new_BTHD.astype(cache_BSHD.dtype)
-    update = jax.vmap(
-        lambda row, new, start: jax.lax.dynamic_update_slice_in_dim(row, new, start, 0)
-    )
-    return update(cache_BSHD, new_BTHD, start_B)
 
 
 class MLP(nn.Module):
@@ -119,7 +118,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer: normalise, attend, add; normalise, MLP, add.
+    """One layer: normalise, attend, add; normalise, MLP (or a mixture of them), add.
 
     Attributes:
       heads: number of attention heads.
@@ -128,6 +127,7 @@ class Block(nn.Module):
       dtype: type of the computation.
       out_init: initializer of the projections that write to the residual stream.
       impl: implementation of attention; None chooses.
+      routing: mixture of experts, if any.
     """
 
     heads: int
@@ -136,17 +136,22 @@ class Block(nn.Module):
     dtype: Any
     out_init: nn.initializers.Initializer
     impl: Implementation | None = None
+    routing: Routing = DENSE
 
     @nn.compact
-    def __call__(self, x_BTC, cache=None, *, train: bool = False):
+    def __call__(self, x_BTC, kv, start_B, *, train: bool):
         norm = {'use_bias': self.bias, 'dtype': self.dtype}
         options = {'bias': self.bias, 'dtype': self.dtype, 'out_init': self.out_init}
         h_BTC = LayerNorm(name='attention_norm', **norm)(x_BTC)
-        attend = Attention(self.heads, impl=self.impl, name='attention', **options)
-        h_BTC, kv = attend(h_BTC, cache)
+        attention = Attention(self.heads, impl=self.impl, name='attention', **options)
+        h_BTC, kv = attention(h_BTC, kv, start_B)
         x_BTC += nn.Dropout(self.dropout)(h_BTC, deterministic=not train)
         h_BTC = LayerNorm(name='mlp_norm', **norm)(x_BTC)
-        h_BTC = MLP(name='mlp', **options)(h_BTC)
+        if self.routing.experts:
+            moe = MoE(functools.partial(MLP, **options), self.routing, name='moe')
+            h_BTC = moe(h_BTC, drop=kv is None, train=train)
+        else:
+            h_BTC = MLP(name='mlp', **options)(h_BTC)
         x_BTC += nn.Dropout(self.dropout)(h_BTC, deterministic=not train)
         return x_BTC, kv
 
@@ -168,6 +173,9 @@ class GPT(nn.Module):
       dropout: share of embeddings and residual branches set to zero in training.
       dtype: type of the computation, float32 or bfloat16.
       attention_impl: implementation of attention; None chooses.
+      scan: whether the layers are one scanned block, see `bigjax.nn.stack`.
+      remat: what of each block is computed again for the gradient, likewise.
+      routing: mixture of experts in each block, if any.
     """
 
     vocab_size: int
@@ -179,6 +187,9 @@ class GPT(nn.Module):
     dropout: float = 0.0
     dtype: Any = jnp.float32
     attention_impl: Implementation | None = None
+    scan: bool = False
+    remat: Remat = 'none'
+    routing: Routing = DENSE
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -189,18 +200,6 @@ class GPT(nn.Module):
                 f'try --heads={good}'
             )
 
-    def setup(self) -> None:
-        init = nn.initializers.normal(0.02)
-        out_init = nn.initializers.normal(0.02 / math.sqrt(2 * self.depth))
-        self.embedding = self.param('embedding', init, (self.vocab_size, self.width))
-        self.position = self.param('position', init, (self.context_length, self.width))
-        self.drop = nn.Dropout(self.dropout)
-        self.block = [
-            Block(self.heads, self.bias, self.dropout, self.dtype, out_init, self.attention_impl)
-            for _ in range(self.depth)
-        ]
-        self.norm = LayerNorm(use_bias=self.bias, dtype=self.dtype)
-
     def __call__(self, tokens_BT: jax.Array, *, train: bool = False) -> jax.Array:
         """Returns float32 logits [B, T, V] for int32 tokens [B, T].
 
@@ -209,14 +208,11 @@ class GPT(nn.Module):
         Raises:
           ValueError: more positions than `context_length`.
         """
-        length = tokens_BT.shape[1]
-        if length > self.context_length:
-            raise ValueError(f'{length} positions: the model sees {self.context_length}')
-        x_BTC = self._embed(tokens_BT) + self.position[None, :length].astype(self.dtype)
-        x_BTC = self.drop(x_BTC, deterministic=not train)
-        for block in self.block:
-            x_BTC, _ = block(x_BTC, train=train)
-        return self._logits(x_BTC)
+        if tokens_BT.shape[1] > self.context_length:
+            raise ValueError(
+                f'{tokens_BT.shape[1]} positions: the model sees {self.context_length}'
+            )
+        return self._run(tokens_BT, None, train)[0]
 
     def decode(self, tokens_BT: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
         """Returns the logits [B, T, V] of tokens that follow those in the cache, and the new cache.
@@ -224,15 +220,8 @@ class GPT(nn.Module):
         Used as `model.apply(variables, tokens, cache, method='decode')`. The cache must have room
         for T more positions; this is not checked, as its length is known only when it runs.
         """
-        T, start_B = tokens_BT.shape[1], cache.length_B
-        position_BT = start_B[:, None] + jnp.arange(T)[None]
-        x_BTC = self._embed(tokens_BT) + self.position[position_BT].astype(self.dtype)
-        layers = []
-        for block, k_BSHD, v_BSHD in zip(self.block, cache.k_BSHD, cache.v_BSHD, strict=True):
-            x_BTC, kv = block(x_BTC, (k_BSHD, v_BSHD, start_B))
-            layers.append(kv)
-        keys, values = zip(*layers, strict=True)
-        return self._logits(x_BTC), Cache(keys, values, start_B + T)
+        logits_BTV, layers = self._run(tokens_BT, cache, False)
+        return logits_BTV, Cache(layers, cache.length_B + tokens_BT.shape[1])
 
     def init_cache(self, batch: int, length: int | None = None) -> Cache:
         """Returns an empty cache for `batch` rows of `length` positions (None: all the model sees).
@@ -242,32 +231,44 @@ class GPT(nn.Module):
         length = length or self.context_length
         if length > self.context_length:
             raise ValueError(f'{length} positions: the model sees {self.context_length}')
-        shape = (batch, length, self.heads, self.width // self.heads)
-        k_BSHD, v_BSHD = (
-            tuple(jnp.zeros(shape, self.dtype) for _ in range(self.depth)) for _ in range(2)
+        head = {'kv_heads': self.heads, 'head_size': self.width // self.heads}
+        return empty_cache(
+            batch, length, depth=self.depth, dtype=self.dtype, scan=self.scan, **head
         )
-        return Cache(k_BSHD, v_BSHD, jnp.zeros(batch, jnp.int32))
 
-    def _embed(self, tokens_BT: jax.Array) -> jax.Array:
-        return jnp.take(self.embedding, tokens_BT, axis=0).astype(self.dtype)
+    @nn.compact
+    def _run(self, tokens_BT: jax.Array, cache: Cache | None, train: bool) -> tuple[jax.Array, Any]:
+        init = nn.initializers.normal(0.02)
+        out_init = nn.initializers.normal(0.02 / math.sqrt(2 * self.depth))
+        embedding_VC = self.param('embedding', init, (self.vocab_size, self.width))
+        position_TC = self.param('position', init, (self.context_length, self.width))
+        if cache is None:
+            place_BTC = position_TC[None, : tokens_BT.shape[1]]
+        else:
+            place_BTC = position_TC[positions(tokens_BT, cache)]
+        x_BTC = embed(embedding_VC, tokens_BT, self.dtype) + place_BTC.astype(self.dtype)
+        x_BTC = nn.Dropout(self.dropout, name='drop')(x_BTC, deterministic=not train)
+        block = functools.partial(
+            Block, self.heads, self.bias, self.dropout, self.dtype, out_init, self.attention_impl,
+            self.routing,
+        )  # fmt: skip
+        x_BTC, layers = stack(
+            block, x_BTC, cache and cache.length_B, layers=cache and cache.layers,
+            depth=self.depth, scan=self.scan, remat=self.remat, train=train,
+        )  # fmt: skip
+        x_BTC = LayerNorm(use_bias=self.bias, dtype=self.dtype, name='norm')(x_BTC)
+        return logits(x_BTC, embedding_VC), layers
 
-    def _logits(self, x_BTC: jax.Array) -> jax.Array:
-        x_NC = self.norm(x_BTC).reshape(-1, self.width)
-        logits_NV = jax.lax.dot_general(
-            x_NC,
-            self.embedding.astype(self.dtype),
-            (((1,), (1,)), ((), ())),
-            preferred_element_type=jnp.float32,
-        )
-        return logits_NV.reshape(*x_BTC.shape[:-1], self.vocab_size)
 
-
-def forward_flops(*, vocab_size: int, length: int, depth: int, width: int) -> int:
+def forward_flops(
+    *, vocab_size: int, length: int, depth: int, width: int, routing: Routing = DENSE
+) -> int:
     """FLOPs of the matrix products in one example's forward pass, two for a multiply-add.
 
     Per layer 12 C^2 parameters and T^2 scores, of which attention takes and applies all, the
     masked ones too (the convention of Chowdhery et al. 2022, appendix B); then the output layer.
-    The embedding is a look-up and counts nothing.
+    The embedding is a look-up and counts nothing; of a mixture, what a token's experts compute.
     """
-    layer = 2 * length * 12 * width**2 + 2 * 2 * length**2 * width
+    mlp = routing.flops(2 * 8 * width**2, width)
+    layer = length * (2 * 4 * width**2 + mlp) + 2 * 2 * length**2 * width
     return depth * layer + 2 * length * width * vocab_size

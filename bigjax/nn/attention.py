@@ -20,39 +20,48 @@ def attention(
     v_BSKD: jax.Array,
     *,
     causal: bool,
+    mask: jax.Array | None = None,
     scale: float | None = None,
     impl: Implementation | None = None,
 ) -> jax.Array:
     """Scaled dot-product attention `softmax(q k^T * scale) v` (Vaswani et al. 2017, eq. 1).
 
     With fewer key-value heads than query heads, each serves H / K query heads in turn (Ainslie et
-    al. 2023). Scores and softmax are float32 at least; the result is [B, T, H, D] in q's type.
+    al. 2023). Scores and softmax are float32 at least; the result is [B, T, H, D] in q's type, and
+    zero (with no gradient) for a query that sees no key.
 
     Args:
       q_BTHD: queries.
       k_BSKD: keys.
       v_BSKD: values.
       causal: query t sees the keys up to t + S - T, so that the last query sees them all.
+      mask: bool, broadcast to [B, H, T, S] (its dimensions are full or 1): true where the key is
+        seen; together with `causal`, a key must be seen by both. `real_BS[:, None, None]` hides
+        padding. None hides nothing.
       scale: factor on the scores; None is 1 / sqrt(D).
       impl: 'reference' (the specification), 'xla' (one batched product, left to the compiler) or
         'blocked' (in blocks of queries that fit a CPU's cache, without the keys that lie behind
-        them; causal, T = S, T a multiple of 64 and of T // 8). None chooses by shape and platform.
+        them; causal, no mask, T = S, T a multiple of 64 and of T // 8). None chooses by shape and
+        platform.
 
     Raises:
       ValueError: shapes do not fit, or the named implementation cannot run them.
     """
-    _check_shapes(q_BTHD, k_BSKD, v_BSKD)
+    _check_shapes(q_BTHD, k_BSKD, v_BSKD, mask)
     scale = 1 / math.sqrt(q_BTHD.shape[-1]) if scale is None else scale
     if impl is None:
-        impl = 'blocked' if _blocked_pays(q_BTHD, k_BSKD, causal) else 'xla'
+        impl = 'blocked' if _blocked_pays(q_BTHD, k_BSKD, causal, mask) else 'xla'
     match impl:
         case 'reference':
-            return _reference(q_BTHD, k_BSKD, v_BSKD, causal=causal, scale=scale)
+            return _reference(q_BTHD, k_BSKD, v_BSKD, _visible(q_BTHD, k_BSKD, causal, mask), scale)
         case 'xla':
-            mask_11TS = _causal_mask(q_BTHD.shape[1], k_BSKD.shape[1]) if causal else None
-            return _batched(q_BTHD, k_BSKD, v_BSKD, mask_11TS, scale)
+            visible_BHTS = _visible(q_BTHD, k_BSKD, causal, mask)
+            o_BTHD = _batched(q_BTHD, k_BSKD, v_BSKD, visible_BHTS, scale)
+            if visible_BHTS is None or (mask is None and q_BTHD.shape[1] <= k_BSKD.shape[1]):
+                return o_BTHD
+            return jnp.where(visible_BHTS.any(-1, keepdims=True).swapaxes(1, 2), o_BTHD, 0)
         case 'blocked':
-            if reason := _blocked_refuses(q_BTHD, k_BSKD, causal):
+            if reason := _blocked_refuses(q_BTHD, k_BSKD, causal, mask):
                 raise ValueError(f"impl='blocked': {reason}; try impl='xla'")
             return _blocked(q_BTHD, k_BSKD, v_BSKD, scale)
     raise ValueError(f"impl={impl!r}: must be 'reference', 'xla' or 'blocked'; try impl='xla'")
@@ -89,13 +98,33 @@ def cached_attention(
     return _batched(q_BTHD, k_BSKD, v_BSKD, mask_B1TS, scale)
 
 
-def _check_shapes(q_BTHD: jax.Array, k_BSKD: jax.Array, v_BSKD: jax.Array) -> None:
+def _check_shapes(
+    q_BTHD: jax.Array, k_BSKD: jax.Array, v_BSKD: jax.Array, mask: jax.Array | None = None
+) -> None:
     shapes = f'q {q_BTHD.shape}, k {k_BSKD.shape}, v {v_BSKD.shape}'
     if not q_BTHD.ndim == k_BSKD.ndim == v_BSKD.ndim == 4 or k_BSKD.shape != v_BSKD.shape:
         raise ValueError(f'attention takes [B, T, H, D] and twice [B, S, K, D], not {shapes}')
-    (B, _, H, D), (b, _, K, d) = q_BTHD.shape, k_BSKD.shape
+    (B, T, H, D), (b, S, K, d) = q_BTHD.shape, k_BSKD.shape
     if (b, d) != (B, D) or H % K:
         raise ValueError(f'attention needs equal B and D, and K dividing H, not {shapes}')
+    if mask is None:
+        return
+    fits = mask.ndim == 4 and all(
+        m in (1, n) for m, n in zip(mask.shape, (B, H, T, S), strict=True)
+    )
+    if not fits or mask.dtype != bool:
+        raise ValueError(
+            f'attention takes a mask of bool that broadcasts to {[B, H, T, S]}, '
+            f'not {mask.dtype} {mask.shape}'
+        )
+
+
+def _visible(q_BTHD, k_BSKD, causal: bool, mask: jax.Array | None) -> jax.Array | None:
+    """Returns what each query sees, broadcast to [B, H, T, S]; None is everything."""
+    if not causal:
+        return mask
+    causal_11TS = _causal_mask(q_BTHD.shape[1], k_BSKD.shape[1])
+    return causal_11TS if mask is None else causal_11TS & mask
 
 
 def _causal_mask(T: int, S: int) -> jax.Array:
@@ -112,25 +141,32 @@ def _repeat_heads(x_BSKD: jax.Array, H: int) -> jax.Array:
     return x_BSKD if repeats == 1 else jnp.repeat(x_BSKD, repeats, axis=2)
 
 
-def _reference(q_BTHD, k_BSKD, v_BSKD, *, causal: bool, scale: float) -> jax.Array:
+def _reference(q_BTHD, k_BSKD, v_BSKD, mask_BHTS: jax.Array | None, scale: float) -> jax.Array:
     """The specification: no trick, everything in the accumulator's type."""
-    dtype, (_, T, H, _), S = _accumulator(q_BTHD.dtype), q_BTHD.shape, k_BSKD.shape[1]
+    dtype, H = _accumulator(q_BTHD.dtype), q_BTHD.shape[2]
     k_BSHD, v_BSHD = _repeat_heads(k_BSKD, H), _repeat_heads(v_BSKD, H)
     q_BTHD, k_BSHD, v_BSHD = (x.astype(dtype) for x in (q_BTHD, k_BSHD, v_BSHD))
     s_BHTS = jnp.einsum('bthd,bshd->bhts', q_BTHD, k_BSHD) * scale
-    if causal:
-        s_BHTS = jnp.where(_causal_mask(T, S), s_BHTS, -jnp.inf)
-    return jnp.einsum('bhts,bshd->bthd', jax.nn.softmax(s_BHTS, -1), v_BSHD).astype(q_BTHD.dtype)
+    if mask_BHTS is None:
+        p_BHTS = jax.nn.softmax(s_BHTS, -1)
+    else:
+        # The softmax of a query that sees nothing is of all its keys, and then hidden: never NaN.
+        mask_BHTS = jnp.broadcast_to(mask_BHTS, s_BHTS.shape)
+        softened_BHTS = mask_BHTS | ~mask_BHTS.any(-1, keepdims=True)
+        p_BHTS = jax.nn.softmax(jnp.where(softened_BHTS, s_BHTS, -jnp.inf), -1) * mask_BHTS
+    return jnp.einsum('bhts,bshd->bthd', p_BHTS, v_BSHD).astype(q_BTHD.dtype)
 
 
-def _batched(q_BTHD, k_BSKD, v_BSKD, mask_B1TS: jax.Array | None, scale: float) -> jax.Array:
+def _batched(q_BTHD, k_BSKD, v_BSKD, mask_BHTS: jax.Array | None, scale: float) -> jax.Array:
     """One batched product over batch and heads."""
     dtype, H = _accumulator(q_BTHD.dtype), q_BTHD.shape[2]
     k_BSHD, v_BSHD = _repeat_heads(k_BSKD, H), _repeat_heads(v_BSKD, H)
     q_BTHD = q_BTHD * jnp.asarray(scale, q_BTHD.dtype)
     s_BHTS = jnp.einsum('bthd,bshd->bhts', q_BTHD, k_BSHD, preferred_element_type=dtype)
-    if mask_B1TS is not None:
-        s_BHTS = jnp.where(mask_B1TS, s_BHTS, -jnp.inf)
+    if mask_BHTS is not None:
+        # Finite, so that a query that sees nothing has no NaN: it gets the mean of all values,
+        # which `attention` puts to zero, there being fewer outputs than scores.
+        s_BHTS = jnp.where(mask_BHTS, s_BHTS, jnp.finfo(dtype).min)
     p_BHTS = jax.nn.softmax(s_BHTS, -1).astype(v_BSHD.dtype)
     return jnp.einsum('bhts,bshd->bthd', p_BHTS, v_BSHD)
 
@@ -141,8 +177,12 @@ def _block_size(T: int) -> int:
     return max(64, T // 8)
 
 
-def _blocked_refuses(q_BTHD: jax.Array, k_BSKD: jax.Array, causal: bool) -> str | None:
+def _blocked_refuses(
+    q_BTHD: jax.Array, k_BSKD: jax.Array, causal: bool, mask: jax.Array | None
+) -> str | None:
     T, S = q_BTHD.shape[1], k_BSKD.shape[1]
+    if mask is not None:
+        return 'takes no mask'
     if not causal or T != S:
         return f'needs causal=True and as many keys as queries, not causal={causal}, T={T}, S={S}'
     if T % _block_size(T):
@@ -150,9 +190,11 @@ def _blocked_refuses(q_BTHD: jax.Array, k_BSKD: jax.Array, causal: bool) -> str 
     return None
 
 
-def _blocked_pays(q_BTHD: jax.Array, k_BSKD: jax.Array, causal: bool) -> bool:
+def _blocked_pays(
+    q_BTHD: jax.Array, k_BSKD: jax.Array, causal: bool, mask: jax.Array | None
+) -> bool:
     on_cpu = jax.default_backend() == 'cpu'
-    return on_cpu and q_BTHD.shape[1] >= 128 and not _blocked_refuses(q_BTHD, k_BSKD, causal)
+    return on_cpu and q_BTHD.shape[1] >= 128 and not _blocked_refuses(q_BTHD, k_BSKD, causal, mask)
 
 
 def _blocked(q_BTHD, k_BSKD, v_BSKD, scale: float) -> jax.Array:

@@ -255,8 +255,16 @@ def conv_flops(
     *,
     kernel_size: tuple[int, int] = (3, 3),
     strides: tuple[int, int] = (1, 1),
+    padding: Padding = 'SAME',
 ) -> tuple[int, tuple[int, int]]:
-    """FLOPs (2 × multiply-adds, padding included) and output size of a 'SAME' convolution."""
-    size_PQ = (-(-size_HW[0] // strides[0]), -(-size_HW[1] // strides[1]))
+    """FLOPs (2 × multiply-adds, padding included) and output size of a convolution."""
+    pads = (
+        lax.padtype_to_pads(size_HW, kernel_size, strides, padding)
+        if isinstance(padding, str)
+        else padding
+    )
+    high, wide = (
+        _out_size(*axis) for axis in zip(size_HW, kernel_size, strides, pads, strict=True)
+    )
     taps = kernel_size[0] * kernel_size[1]
-    return 2 * size_PQ[0] * size_PQ[1] * taps * channels * features, size_PQ
+    return 2 * high * wide * taps * channels * features, (high, wide)

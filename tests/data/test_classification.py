@@ -182,12 +182,14 @@ def test_the_same_text_is_never_on_both_sides(tmp_path):
         (
             'review,stars\na,1\n',
             {},
-            "--dataset=csv:{path}: no column 'text'; the columns are review, stars",
+            "--dataset=csv:{path}: no column 'text'; the columns are review, stars; "
+            'try --text_column=review',
         ),
         (
             'text,label\na,1\n',
             {'label_column': 'class'},
-            "--dataset=csv:{path}: no column 'class'; the columns are text, label",
+            "--dataset=csv:{path}: no column 'class'; the columns are text, label; "
+            'try --label_column=label',
         ),
         (
             'text,label\na,1\nb,c,2\n',

@@ -1,5 +1,6 @@
 import contextlib
 import io
+import pickle
 import re
 import sys
 
@@ -9,6 +10,8 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from bigjax.data.classification import open_classification
+from bigjax.data.crops import RandomCrop
+from bigjax.data.framed import Frame
 from bigjax.data.images import open_images
 from bigjax.data.text import open_language
 from bigjax.experiment import UsageError
@@ -45,18 +48,42 @@ with tfds.core.registered.skip_registration():
                 image.seek(0)
                 yield n, {'image': image, 'label': int(n >= count / 2), 'text': f'square {n}'}
 
+    class ToyContest(ToyPictures):
+        """As ImageNet: photographs of many sizes, and a test split whose labels nobody knows."""
+
+        def _info(self):
+            features = {
+                'image': tfds.features.Image(encoding_format='jpeg'),
+                'label': tfds.features.ClassLabel(names=['dark', 'bright']),
+            }
+            return self.dataset_info_from_configs(
+                features=tfds.features.FeaturesDict(features), disable_shuffling=True
+            )
+
+        def _split_generators(self, dl_manager):
+            sizes = {'train': 12, 'validation': 5, 'test': 3}
+            return {split: self._generate_examples(split, size) for split, size in sizes.items()}
+
+        def _generate_examples(self, split, count):
+            for n in range(count):
+                image = io.BytesIO()
+                Image.new('RGB', (30 + n, 20 + 2 * n), (20 * n,) * 3).save(image, 'jpeg')
+                image.seek(0)
+                yield n, {'image': image, 'label': -1 if split == 'test' else n % 2}
+
 
 @pytest.fixture(scope='module')
 def data_dir(tmp_path_factory):
     folder = str(tmp_path_factory.mktemp('tfds'))
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        ToyPictures(data_dir=folder).download_and_prepare(file_format='array_record')
+        for builder in (ToyPictures, ToyContest):
+            builder(data_dir=folder).download_and_prepare(file_format='array_record')
     return folder
 
 
 @pytest.mark.parametrize('cached', [2**30, 0])
 def test_images(data_dir, monkeypatch, cached):
-    monkeypatch.setattr('bigjax.data.prepared_tfds.CACHED_BYTES', cached)
+    monkeypatch.setattr('bigjax.data.framed.CACHED_BYTES', cached)
     data = open_images('tfds:toy_pictures', data_dir=data_dir)
     assert data.class_names == ('dark', 'bright')
     assert data.image_shape == (5, 4, 1)
@@ -65,8 +92,26 @@ def test_images(data_dir, monkeypatch, cached):
     batch = data.train.take(np.array([30, 2]))
     assert batch['image'][:, 0, 0, 0].tolist() == [150, 10]
     assert batch['label'].tolist() == [1, 0]
-    small = open_images('tfds:toy_pictures', data_dir=data_dir, image_size=3)
+    small = open_images('tfds:toy_pictures', data_dir=data_dir, frame=Frame(size=3))
     assert small.test.take(np.array([1]))['image'].shape == (1, 3, 3, 1)
+    assert 'tensorflow' not in sys.modules
+
+
+def test_photographs_of_many_sizes_and_unknown_test_labels(data_dir):
+    frame = Frame(size=16, whole=True)
+    data = open_images('tfds:toy_contest', data_dir=data_dir, frame=frame)
+    assert data.card.sizes == {'train': 12, 'test': 5}
+    assert data.image_shape == (16, 16, 3)
+    batch = pickle.loads(pickle.dumps(data.train)).take(np.array([7, 2]))
+    assert [image.size for image in batch['image']] == [(34, 37), (24, 32)]
+    cropped = RandomCrop((16, 16))(batch, lambda k: np.full((2, k), 0.3))
+    np.testing.assert_allclose(cropped['image'].mean((1, 2, 3)), [140, 40], atol=1)
+    assert batch['label'].tolist() == [1, 0]
+    test = data.test.take(np.arange(5))
+    np.testing.assert_allclose(test['image'].mean((1, 2, 3)), 20 * np.arange(5), atol=1)
+    message = r'record 1 of train is 31 x 22 where the first image is 30 x 20; try --image_size=20$'
+    with pytest.raises(UsageError, match=message):
+        open_images('tfds:toy_contest', data_dir=data_dir)
     assert 'tensorflow' not in sys.modules
 
 

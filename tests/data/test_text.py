@@ -155,11 +155,13 @@ def test_bpe_corpus(tmp_path):
         ),
         (
             {'dataset': 'stdlib', 'tokenizer': 'words'},
-            '--tokenizer=words: must be bytes or bpe; try --tokenizer=bytes',
+            '--tokenizer=words: must be bytes, bpe, wordpiece, wordpiece_cased, masked_bpe or the '
+            'folder of a pretrained model; try --tokenizer=bytes',
         ),
         (
             {'dataset': 'stdlib', 'tokenizer': 'bpe', 'vocab': 100},
-            '--vocab=100: a byte-level BPE has at least the 256 bytes; try --vocab=4096',
+            '--vocab=100: --tokenizer=bpe has at least 256 tokens, letters or bytes and special '
+            'ones; try --vocab=4096',
         ),
         ({'dataset': 'stdlib', 'seq': 0}, '--seq=0: must be at least 1; try --seq=64'),
         (

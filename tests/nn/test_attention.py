@@ -61,6 +61,60 @@ def test_bfloat16_stays_near_the_reference(impl, T):
     np.testing.assert_allclose(y.astype(jnp.float32), exact, atol=0.03)
 
 
+def visible(shape):
+    """A mask [B, H, T, S] (or with ones) that hides about half, and all from query 1 of row 0."""
+    mask = jax.random.bernoulli(jax.random.key(1), 0.5, shape)
+    return mask.at[0, :, min(1, shape[2] - 1)].set(False)
+
+
+@pytest.mark.parametrize(
+    ('shape', 'causal'),
+    [((2, 1, 1, 5), False), ((2, 2, 4, 5), False), ((1, 1, 4, 5), True), ((2, 1, 4, 5), True)],
+)
+def test_a_mask_hides_keys_as_in_the_reference_in_float64(shape, causal):
+    with jax.enable_x64(True):
+        qkv, g = inputs(4, 5, dtype=jnp.float64)
+        mask = visible(shape)
+
+        def run(impl):
+            attend = lambda *qkv: attention(*qkv, causal=causal, mask=mask, impl=impl)  # noqa: E731
+            y, vjp = jax.vjp(attend, *qkv)
+            return y, *vjp(g)
+
+        for got, want in zip(jax.jit(run, static_argnums=0)('xla'), run('reference'), strict=True):
+            assert np.isfinite(want).all()
+            np.testing.assert_allclose(got, want, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize('causal', [False, True])
+@pytest.mark.parametrize('impl', ['reference', 'xla'])
+def test_a_masked_key_has_no_part_in_any_output_and_a_blind_query_gives_zero(impl, causal):
+    qkv, g = inputs(4, 5)
+    given = visible((2, 2, 4, 5))
+    mask = given & jnp.tri(4, 5, 1, bool)[None, None] if causal else given
+
+    def output(qkv, row, head, t):
+        return attention(*qkv, causal=causal, mask=given, impl=impl)[row, t, head] @ g[row, t, head]
+
+    for row, head, t in [(0, 0, 0), (0, 1, 1), (1, 1, 3)]:
+        dq, dk, dv = jax.grad(output)(qkv, row, head, t)
+        seen = mask[row, head, t]
+        assert np.array_equal(np.any(dv[row, :, head] != 0, axis=-1), seen)
+        assert not np.any(dk[row, :, head][~seen])
+        assert np.isfinite(dq).all()
+    y = attention(*qkv, causal=causal, mask=given, impl=impl)
+    assert not np.any(y[0, 1])
+    assert np.all(np.any(y[1] != 0, axis=-1) == np.any(mask[1], axis=-1).T)
+
+
+@pytest.mark.parametrize('impl', ['reference', 'xla'])
+def test_the_first_causal_queries_of_too_many_are_blind(impl):
+    qkv, _ = inputs(5, 3)
+    y = attention(*qkv, causal=True, impl=impl)
+    assert not np.any(y[:, :2])
+    np.testing.assert_allclose(y[:, 2:], attention(qkv[0][:, 2:], *qkv[1:], causal=True), atol=1e-6)
+
+
 def test_a_choice_is_made_for_every_shape():
     for T in (5, 256):
         qkv, _ = inputs(T)
@@ -69,6 +123,10 @@ def test_a_choice_is_made_for_every_shape():
             attention(*qkv, causal=True, impl='reference'),
             atol=1e-5,
         )
+    real_BS = jnp.arange(256)[None] < jnp.array([256, 100])[:, None]
+    hidden = attention(*qkv, causal=True, mask=real_BS[:, None, None])
+    short = (x[1:, :100] for x in qkv)
+    np.testing.assert_allclose(hidden[1:, :100], attention(*short, causal=True), atol=1e-5)
 
 
 def test_cached_attention_equals_causal_attention_and_ignores_what_lies_behind():
@@ -107,6 +165,17 @@ def test_batch_and_heads_spread_over_devices_exchange_nothing(impl, T):
         (((1, 64, 2, 4),) * 3, {'impl': 'blocked', 'causal': False}, 'needs causal=True'),
         (((1, 4, 2, 4),) * 3, {'impl': 'flash'}, "impl='flash': must be 'reference'"),
         (((1, 4, 3, 4), (1, 4, 2, 4), (1, 4, 2, 4)), {}, 'K dividing H'),
+        (
+            ((1, 64, 2, 4),) * 3,
+            {'impl': 'blocked', 'mask': np.ones((1, 1, 1, 64), bool)},
+            'no mask',
+        ),
+        (
+            ((2, 4, 2, 4),) * 3,
+            {'mask': np.ones((2, 4), bool)},
+            r'mask of bool .* not bool \(2, 4\)',
+        ),
+        (((2, 4, 2, 4),) * 3, {'mask': np.ones((2, 1, 1, 4))}, 'not float64'),
         (((4, 2, 4),) * 3, {}, r'takes \[B, T, H, D\]'),
     ],
 )

@@ -164,3 +164,6 @@ def test_flops_count_two_per_multiply_add():
     # 5×5 image, stride 2: 3×3 outputs of 3·3·2 multiply-adds for each of 4 features.
     flops, size = conv_flops((5, 5), 2, 4, strides=(2, 2))
     assert (flops, size) == (2 * 9 * 18 * 4, (3, 3))
+    # With two rows of padding above alone, 3 × 2 outputs.
+    flops, size = conv_flops((5, 5), 2, 4, strides=(2, 2), padding=((2, 0), (0, 0)))
+    assert (flops, size) == (2 * 6 * 18 * 4, (3, 2))

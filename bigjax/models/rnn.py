@@ -1,4 +1,4 @@
-"""LSTM classifier of token sequences.
+"""Recurrent classifier of token sequences: Elman, LSTM or GRU layers, one or both directions.
 
 Shape legend: B batch, T time, E embedding, K outputs of one layer, V vocabulary.
 """
@@ -10,26 +10,27 @@ import jax
 import jax.numpy as jnp
 
 from bigjax.nn.linear import Dense
-from bigjax.nn.recurrent import LSTM
+from bigjax.nn.recurrent import GATES, Cell, RecurrentStack
 
 RULES = (
     (r'embed/embedding$', ('vocab', 'embed')),
-    (r'lstm_\d+/\w+_kernel$', ('embed', None)),
-    (r'lstm_\d+/\w+_bias$', (None,)),
+    (r'layer_\d+/\w+_kernel$', ('embed', None)),
+    (r'layer_\d+/\w+_bias$', (None,)),
     (r'head/kernel$', ('embed', None)),
     (r'head/bias$', (None,)),
 )
 
 
-class LSTMClassifier(nn.Module):
-    """Embedding, a stack of LSTM layers with dropout between them, pooling and a dense layer.
+class RecurrentClassifier(nn.Module):
+    """Embedding, a stack of recurrent layers with dropout between them, pooling, a dense layer.
 
     Attributes:
         classes: number of classes.
         vocab: number of token ids.
         embed: width of the embedding.
         features: state features of each layer and direction.
-        layers: number of LSTM layers.
+        layers: number of recurrent layers.
+        cell: 'elman', 'lstm' or 'gru'.
         direction: 'forward' or 'both'.
         pool: 'last' (the state after each direction's last valid step), 'mean' or 'max' over the
             valid steps.
@@ -42,6 +43,7 @@ class LSTMClassifier(nn.Module):
     embed: int = 128
     features: int = 128
     layers: int = 2
+    cell: Cell = 'lstm'
     direction: Literal['forward', 'both'] = 'both'
     pool: Literal['last', 'mean', 'max'] = 'last'
     dropout: float = 0.0
@@ -60,21 +62,21 @@ class LSTMClassifier(nn.Module):
         tokens_TB = jnp.asarray(tokens_BT).T
         mask_TB = tokens_TB >= 0
         embed = nn.Embed(self.vocab, self.embed, name='embed')
-        drop = nn.Dropout(self.dropout, deterministic=not train)
-        y_TBK = embed.embedding
-        rows_TB: jax.Array | None = jnp.maximum(tokens_TB, 0)
-        for n in range(self.layers):
-            lstm = LSTM(
-                self.features,
-                direction=self.direction,
-                time_major=True,
-                dtype=self.dtype,
-                name=f'lstm_{n}',
-            )
-            y_TBK, state = lstm(y_TBK, tokens_BT=rows_TB, mask_BT=mask_TB)
-            rows_TB = None
-            y_TBK = drop(y_TBK) if n + 1 < self.layers else y_TBK
-        pooled_BK = drop(_pool(self.pool, y_TBK, state.h, mask_TB))
+        stack = RecurrentStack(
+            self.features,
+            layers=self.layers,
+            cell=self.cell,
+            direction=self.direction,
+            time_major=True,
+            dropout=self.dropout,
+            dtype=self.dtype,
+            name='recurrent',
+        )
+        y_TBK, states = stack(
+            embed.embedding, tokens_BT=jnp.maximum(tokens_TB, 0), mask_BT=mask_TB, train=train
+        )
+        pooled_BK = _pool(self.pool, y_TBK, states[-1].h, mask_TB)
+        pooled_BK = nn.Dropout(self.dropout)(pooled_BK, deterministic=not train)
         head = Dense(self.classes, dtype=self.dtype, name='head')
         return head(pooled_BK).astype(jnp.float32)
 
@@ -97,13 +99,15 @@ def forward_flops(
     embed: int = 128,
     features: int = 128,
     layers: int = 2,
+    cell: Cell = 'lstm',
     direction: str = 'both',
 ) -> int:
-    """Matrix-product FLOPs of one sequence of `length` tokens through `LSTMClassifier`.
+    """Matrix-product FLOPs of one sequence of `length` tokens through `RecurrentClassifier`.
 
-    The sum over layers of 2 · 4H (C + H) for each step and direction, plus the dense layer.
+    The sum over layers of 2 · G (C + H) for each step and direction, G = 4H in an LSTM, 3H in a
+    GRU, H in Elman's network; plus the dense layer.
     """
     ways = 2 if direction == 'both' else 1
     widths = [embed] + [ways * features] * (layers - 1)
-    steps = sum(2 * 4 * features * (width + features) for width in widths)
+    steps = sum(2 * GATES[cell] * features * (width + features) for width in widths)
     return length * ways * steps + 2 * ways * features * classes

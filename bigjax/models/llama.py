@@ -1,0 +1,262 @@
+"""Llama 3: a decoder-only transformer with rotary positions (Grattafiori et al. 2024).
+
+Legend: B batch, T positions of the input, C width, H query heads, K key-value heads, D size of a
+head, M width of the hidden MLP layer, V vocabulary.
+"""
+
+import functools
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from bigjax.experiment import UsageError
+from bigjax.models.decoder import Cache, KeyValue, attend, embed, empty_cache, logits, positions
+from bigjax.nn.attention import Implementation
+from bigjax.nn.linear import Dense
+from bigjax.nn.moe import DENSE, MoE, Routing
+from bigjax.nn.norm import RMSNorm
+from bigjax.nn.rotary import RotaryScaling, frequencies, rotate, rotation
+from bigjax.nn.stack import Remat, stack, stacked_rules
+
+# The published variants: Llama 3.2 (1B, 3B) and 3.1 (8B, 70B, 405B). All have 128,256 tokens, 8
+# key-value heads, a base of 500,000 and 131,072 positions, 8,192 of them before the scaling.
+SIZES: dict[str, dict[str, Any]] = {
+    '1B': {'depth': 16, 'heads': 32, 'width': 2048, 'hidden': 8192, 'tied': True, 'factor': 32.0},
+    '3B': {'depth': 28, 'heads': 24, 'width': 3072, 'hidden': 8192, 'tied': True, 'factor': 32.0},
+    '8B': {'depth': 32, 'heads': 32, 'width': 4096, 'hidden': 14336, 'tied': False, 'factor': 8.0},
+    '70B': {'depth': 80, 'heads': 64, 'width': 8192, 'hidden': 28672, 'tied': False, 'factor': 8.0},
+    '405B': {
+        'depth': 126, 'heads': 128, 'width': 16384, 'hidden': 53248, 'tied': False, 'factor': 8.0,
+    },
+}  # fmt: skip
+
+_BLOCK_RULES = (
+    (r'router_kernel$', ('embed', None)),
+    (r'experts/(gate|up)/kernel$', ('experts', 'embed', None)),
+    (r'experts/down/kernel$', ('experts', None, 'embed')),
+    (r'attention/(query|key|value)/kernel$', ('embed', 'heads', None)),
+    (r'attention/out/kernel$', ('heads', None, 'embed')),
+    (r'mlp/(gate|up)/kernel$', ('embed', 'mlp')),
+    (r'mlp/down/kernel$', ('mlp', 'embed')),
+    (r'scale$', ('embed',)),
+)
+RULES = ((r'embedding$', ('vocab', 'embed')), *stacked_rules(_BLOCK_RULES))
+INIT = nn.initializers.normal(0.02)
+
+
+class Attention(nn.Module):
+    """Causal attention of grouped queries with rotary positions.
+
+    Attributes:
+      heads: query heads; divides the width.
+      kv_heads: key-value heads; divides `heads` (Ainslie et al. 2023).
+      dtype: type of the computation.
+      impl: implementation of attention; None chooses.
+    """
+
+    heads: int
+    kv_heads: int
+    dtype: Any
+    impl: Implementation | None = None
+
+    @nn.compact
+    def __call__(self, x_BTC, kv, turned, start_B) -> tuple[jax.Array, KeyValue | None]:
+        C = x_BTC.shape[-1]
+        dense = functools.partial(Dense, use_bias=False, dtype=self.dtype, kernel_init=INIT)
+        q_BTHD = dense((self.heads, C // self.heads), name='query')(x_BTC)
+        k_BTKD = dense((self.kv_heads, C // self.heads), name='key')(x_BTC)
+        v_BTKD = dense((self.kv_heads, C // self.heads), name='value')(x_BTC)
+        q_BTHD, k_BTKD = rotate(q_BTHD, turned), rotate(k_BTKD, turned)
+        o_BTHD, kv = attend(q_BTHD, k_BTKD, v_BTKD, kv, start_B, self.impl)
+        return dense(C, in_dims=2, name='out')(o_BTHD), kv
+
+
+class MLP(nn.Module):
+    """Two dense layers with SwiGLU between: (silu(x W_gate) * x W_up) W_down (Shazeer 2020).
+
+    Attributes:
+      hidden: M.
+      dtype: type of the computation.
+    """
+
+    hidden: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x_BTC: jax.Array) -> jax.Array:
+        dense = functools.partial(Dense, use_bias=False, dtype=self.dtype, kernel_init=INIT)
+        gate_BTM = dense(self.hidden, name='gate')(x_BTC)
+        up_BTM = dense(self.hidden, name='up')(x_BTC)
+        return dense(x_BTC.shape[-1], name='down')(nn.silu(gate_BTM) * up_BTM)
+
+
+class Block(nn.Module):
+    """One layer: normalise, attend, add; normalise, MLP (or a mixture of them), add.
+
+    Attributes:
+      heads: query heads.
+      kv_heads: key-value heads.
+      hidden: width of the hidden MLP layer.
+      epsilon: added to the mean square in the norms.
+      dtype: type of the computation.
+      impl: implementation of attention; None chooses.
+      routing: mixture of experts, if any.
+    """
+
+    heads: int
+    kv_heads: int
+    hidden: int
+    epsilon: float
+    dtype: Any
+    impl: Implementation | None = None
+    routing: Routing = DENSE
+
+    @nn.compact
+    def __call__(self, x_BTC, kv, turned, start_B, *, train: bool):
+        norm = functools.partial(RMSNorm, epsilon=self.epsilon, dtype=self.dtype)
+        h_BTC = norm(name='attention_norm')(x_BTC)
+        attention = Attention(self.heads, self.kv_heads, self.dtype, self.impl, name='attention')
+        h_BTC, kv = attention(h_BTC, kv, turned, start_B)
+        x_BTC += h_BTC
+        h_BTC = norm(name='mlp_norm')(x_BTC)
+        if self.routing.experts:
+            expert = functools.partial(MLP, self.hidden, self.dtype)
+            moe = MoE(expert, self.routing, name='moe')
+            return x_BTC + moe(h_BTC, drop=kv is None, train=train), kv
+        return x_BTC + MLP(self.hidden, self.dtype, name='mlp')(h_BTC), kv
+
+
+class Llama(nn.Module):
+    """Decoder-only transformer language model (Grattafiori et al. 2024): tokens in, logits out.
+
+    Parameters are float32; so are logits, softmax, rotations and the statistics of the norms,
+    whatever `dtype`. Initialized normal with deviation 0.02.
+
+    Attributes:
+      vocab_size: number of tokens.
+      context_length: positions that a cache holds, and the model may see; none has parameters.
+      depth: number of layers.
+      heads: number of query heads; divides the width into heads of even size.
+      kv_heads: number of key-value heads; divides `heads`.
+      width: width of the residual stream.
+      hidden: width of the hidden MLP layer.
+      tied: whether the output layer is the embedding, transposed.
+      theta: base of the rotary frequencies.
+      scaling: of the rotary frequencies, for a longer context.
+      epsilon: added to the mean square in the norms.
+      dtype: type of the computation, float32 or bfloat16.
+      attention_impl: implementation of attention; None chooses.
+      scan: whether the layers are one scanned block, see `bigjax.nn.stack`.
+      remat: what of each block is computed again for the gradient, likewise.
+      routing: mixture of experts in each block, if any.
+    """
+
+    vocab_size: int
+    context_length: int
+    depth: int = 16
+    heads: int = 32
+    kv_heads: int = 8
+    width: int = 2048
+    hidden: int = 8192
+    tied: bool = True
+    theta: float = 500_000.0
+    scaling: RotaryScaling | None = None
+    epsilon: float = 1e-5
+    dtype: Any = jnp.float32
+    attention_impl: Implementation | None = None
+    scan: bool = False
+    remat: Remat = 'none'
+    routing: Routing = DENSE
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        fits = lambda h: self.width % (2 * h) == 0  # noqa: E731
+        if self.heads < 1 or not fits(self.heads):
+            good = max(filter(fits, range(1, max(2, self.heads))), default=1)
+            raise UsageError(
+                f'--heads={self.heads}: width {self.width} must be an even multiple of heads; '
+                f'try --heads={good}'
+            )
+        if self.kv_heads < 1 or self.heads % self.kv_heads:
+            good = max(k for k in range(1, max(2, self.kv_heads)) if self.heads % k == 0)
+            raise UsageError(
+                f'--kv_heads={self.kv_heads}: must divide the {self.heads} heads; '
+                f'try --kv_heads={good}'
+            )
+
+    def __call__(self, tokens_BT: jax.Array, *, train: bool = False) -> jax.Array:
+        """Returns float32 logits [B, T, V] for int32 tokens [B, T].
+
+        Raises:
+          ValueError: more positions than `context_length`.
+        """
+        if tokens_BT.shape[1] > self.context_length:
+            raise ValueError(
+                f'{tokens_BT.shape[1]} positions: the model sees {self.context_length}'
+            )
+        return self._run(tokens_BT, None, train)[0]
+
+    def decode(self, tokens_BT: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+        """Returns the logits [B, T, V] of tokens that follow those in the cache, and the new cache.
+
+        Used as `model.apply(variables, tokens, cache, method='decode')`. The cache must have room
+        for T more positions; this is not checked, as its length is known only when it runs.
+        """
+        logits_BTV, layers = self._run(tokens_BT, cache, False)
+        return logits_BTV, Cache(layers, cache.length_B + tokens_BT.shape[1])
+
+    def init_cache(self, batch: int, length: int | None = None) -> Cache:
+        """Returns an empty cache for `batch` rows of `length` positions (None: all the model sees).
+
+        A pure function of the configuration: call it on the module, without `apply`.
+        """
+        length = length or self.context_length
+        if length > self.context_length:
+            raise ValueError(f'{length} positions: the model sees {self.context_length}')
+        head = {'kv_heads': self.kv_heads, 'head_size': self.width // self.heads}
+        return empty_cache(
+            batch, length, depth=self.depth, dtype=self.dtype, scan=self.scan, **head
+        )
+
+    @nn.compact
+    def _run(self, tokens_BT: jax.Array, cache: Cache | None, train: bool) -> tuple[jax.Array, Any]:
+        table = (self.vocab_size, self.width)
+        embedding_VC = self.param('embedding', INIT, table)
+        output_VC = embedding_VC if self.tied else self.param('output_embedding', INIT, table)
+        x_BTC = embed(embedding_VC, tokens_BT, self.dtype)
+        frequency = frequencies(self.width // self.heads, self.theta, self.scaling)
+        turned = rotation(positions(tokens_BT, cache), frequency)
+        block = functools.partial(
+            Block, self.heads, self.kv_heads, self.hidden, self.epsilon, self.dtype,
+            self.attention_impl, self.routing,
+        )  # fmt: skip
+        x_BTC, layers = stack(
+            block, x_BTC, turned, cache and cache.length_B, layers=cache and cache.layers,
+            depth=self.depth, scan=self.scan, remat=self.remat, train=train,
+        )  # fmt: skip
+        x_BTC = RMSNorm(epsilon=self.epsilon, dtype=self.dtype, name='norm')(x_BTC)
+        return logits(x_BTC, output_VC), layers
+
+
+def forward_flops(
+    *,
+    vocab_size: int,
+    length: int,
+    depth: int,
+    heads: int,
+    kv_heads: int,
+    width: int,
+    hidden: int,
+    routing: Routing = DENSE,
+) -> int:
+    """FLOPs of the matrix products in one example's forward pass, two for a multiply-add.
+
+    All T^2 scores count, the masked ones too (the convention of Chowdhery et al. 2022, appendix
+    B); the embedding is a look-up and does not; of a mixture, what a token's experts compute.
+    """
+    projections = 2 * width * (2 * width + 2 * kv_heads * (width // heads))
+    mlp = routing.flops(2 * 3 * width * hidden, width)
+    layer = length * (projections + mlp) + 2 * 2 * length**2 * width
+    return depth * layer + 2 * length * width * vocab_size

@@ -1,0 +1,149 @@
+"""The knobs of any run: how it goes, how text is made; and the error for what does not fit."""
+
+import dataclasses
+from typing import ClassVar
+
+
+class UsageError(ValueError):
+    """A mistake in what the user asked for; its message names flag, value, rule and a way out."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Run:
+    """How a run goes, whatever it trains.
+
+    Attributes:
+      steps: optimizer steps in all
+      batch: examples of one step, over all devices and hosts
+      seed: seed of initialisation, data order, augmentation and dropout
+      eval_batch: examples of one evaluation batch; 0 takes --batch
+      eval_every: steps between evaluations; 0 evaluates at the end only
+      save_every: steps between checkpoints; 0 saves at the end only
+      log_every: steps between logged lines
+      keep: latest checkpoints kept, beside the best one
+      monitor: what "best" means, as SET/METRIC; accuracies are better high, all else low
+      patience: evaluations without a better --monitor before training stops early; 0 never stops
+      accumulate: microbatches that one step's batch is computed in, to save memory
+      steps_per_call: steps scanned in one call of the compiled program; slow for CNNs on a CPU
+      mesh: devices per axis, such as data=2,fsdp=2,tensor=2; one axis may be -1 (what is left)
+      workers: processes that prepare data; 0 uses threads
+      data_dir: where data sets are prepared and looked for
+      profile_steps: FIRST:LAST steps to trace for a profiler; empty traces none
+    """
+
+    steps: int
+    batch: int
+    seed: int = 0
+    eval_batch: int = 0
+    eval_every: int = 0
+    save_every: int = 0
+    log_every: int = 10
+    keep: int = 2
+    monitor: str = 'validation/loss'
+    patience: int = 0
+    accumulate: int = 1
+    steps_per_call: int = 1
+    mesh: str = 'data=-1'
+    workers: int = 0
+    data_dir: str = '~/tensorflow_datasets'
+    profile_steps: str = ''
+
+    # A resumed run may change these: they say how long and where it runs, not what it computes.
+    FREE: ClassVar[tuple[str, ...]] = (
+        'steps', 'eval_batch', 'eval_every', 'save_every', 'log_every', 'keep', 'monitor',
+        'patience', 'steps_per_call', 'mesh', 'workers', 'data_dir', 'profile_steps',
+    )  # fmt: skip
+
+    def __post_init__(self) -> None:
+        for name, least in {'steps': 1, 'batch': 1, 'seed': 0, 'eval_batch': 0, 'eval_every': 0,
+                            'save_every': 0, 'log_every': 1, 'keep': 1, 'patience': 0,
+                            'accumulate': 1, 'steps_per_call': 1,
+                            'workers': 0}.items():  # fmt: skip
+            if getattr(self, name) < least:
+                raise UsageError(
+                    f'--{name}={getattr(self, name)}: must be at least {least}; '
+                    f'try --{name}={least}'
+                )
+        for name in ('steps', 'eval_every', 'save_every'):
+            if getattr(self, name) % self.steps_per_call:
+                near = round(getattr(self, name) / self.steps_per_call) or 1
+                raise UsageError(
+                    f'--{name}={getattr(self, name)}: must be a multiple of '
+                    f'--steps_per_call={self.steps_per_call}; '
+                    f'try --{name}={near * self.steps_per_call}'
+                )
+        first, _, last = self.profile_steps.partition(':')
+        digits = first.isdecimal() and last.isdecimal()
+        if self.profile_steps and not (digits and int(first) < int(last)):
+            raise UsageError(
+                f'--profile_steps={self.profile_steps}: must be FIRST:LAST, the first below the '
+                f'last; try --profile_steps=10:13'
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sample:
+    """How text is generated.
+
+    Attributes:
+      prompt: text to go on from
+      length: tokens to generate
+      samples: how many texts
+      temperature: divides the logits; 0 takes the likeliest token
+      top_k: draw from the k likeliest tokens only; 0 is off
+      top_p: draw from the likeliest tokens that hold this much probability; 1 is off
+      min_p: leave out tokens less likely than this share of the likeliest one's; 0 is off
+      sample_seed: seed of the draws
+    """
+
+    prompt: str = '\n'
+    length: int = 400
+    samples: int = 1
+    temperature: float = 0.8
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    sample_seed: int = 0
+
+    FREE: ClassVar[tuple[str, ...]] = (
+        'prompt', 'length', 'samples', 'temperature', 'top_k', 'top_p', 'min_p', 'sample_seed',
+    )  # fmt: skip
+
+    def __post_init__(self) -> None:
+        for name, rule, ok in (
+            ('length', 'must be at least 1', self.length >= 1),
+            ('samples', 'must be at least 1', self.samples >= 1),
+            ('temperature', 'must not be negative', self.temperature >= 0),
+            ('top_k', 'must not be negative', self.top_k >= 0),
+            ('top_p', 'must be above 0 and at most 1', 0 < self.top_p <= 1),
+            ('min_p', 'must be at least 0 and below 1', 0 <= self.min_p < 1),
+        ):
+            if not ok:
+                default = type(self).__dataclass_fields__[name].default
+                raise UsageError(f'--{name}={getattr(self, name)}: {rule}; try --{name}={default}')
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Search:
+    """How a text is turned into another one.
+
+    Attributes:
+      prompt: text that --action=generate translates (or summarizes)
+      beam: open texts of the beam search; 1 takes the likeliest token each time
+      length_penalty: exponent of the length by which a text's log-probability is divided
+    """
+
+    prompt: str = 'Save the changes'
+    beam: int = 4
+    length_penalty: float = 0.6
+
+    FREE: ClassVar[tuple[str, ...]] = ('prompt', 'beam', 'length_penalty')
+
+    def __post_init__(self) -> None:
+        if self.beam < 1:
+            raise UsageError(f'--beam={self.beam}: must be at least 1; try --beam=4')
+        if not 0 <= self.length_penalty <= 10:
+            raise UsageError(
+                f'--length_penalty={self.length_penalty}: must be from 0 to 10; '
+                'try --length_penalty=0.6'
+            )

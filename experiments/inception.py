@@ -1,0 +1,72 @@
+"""Inception: versions 1 (GoogLeNet with BatchNorm) and 3, on ImageNet or small images.
+
+Szegedy et al. 2014, "Going deeper with convolutions" (arXiv:1409.4842), and 2015, "Rethinking the
+Inception architecture for computer vision" (arXiv:1512.00567).
+
+    python launch.py --experiment=inception
+    python launch.py --experiment=inception --dataset=idx:DIR --width=16 --batch=128
+        --steps=3000 --eval_every=1000 --eval_batch=500 --flip --ema=0.999
+
+Full size, 27,161,264 parameters with the auxiliary head. torchvision's weights, which are those of
+Google, have 77.294 % top-1 (pytorch.org/vision/stable/models; version 1, at 224 pixels, 6,624,904
+parameters without auxiliary heads, 69.778 %). The paper trains 100 epochs by RMSProp at batch 1,600
+with a rate that falls by 6 % every two epochs; here it is momentum and a cosine, not yet run:
+
+    python launch.py --experiment=inception --version=3 --dataset=tfds:imagenet2012
+        --image_size=299 --width=0 --normalize=half --crop=0.08 --flip --shift=0 --eval_crop=0.875
+        --label_smoothing=0.1 --clip=2 --peak_lr=0.4 --warmup=6256 --l2=4e-5 --batch=1024
+        --steps=125100 --eval_every=1251 --save_every=1251
+"""
+
+import jax.numpy as jnp
+
+from bigjax.experiment import Experiment, Run
+from bigjax.models import inception
+from bigjax.optimizers import Optim
+from bigjax.pretrained import inception as kept
+from bigjax.vision import Images, image_classification
+
+
+def experiment(
+    *,
+    version: int = 1,
+    width: int = 16,
+    auxiliary: float = 0.3,
+    dropout: float = -1.0,
+    pretrained: str = '',
+    images: Images = Images(shift=1),
+    run: Run = Run(steps=400, batch=64, eval_every=200, monitor='test/accuracy'),
+    optim: Optim = Optim(optimizer='sgd', peak_lr=0.1, warmup=50, end_lr=0.0, l2=5e-4),
+) -> Experiment:
+    """Builds the run.
+
+    Args:
+      version: 1 or 3
+      width: channels of the first convolution, with which all others scale; 0 is as published
+      auxiliary: by what the losses of the auxiliary heads are multiplied; 0 is without such heads
+      dropout: share of the last features zeroed in training; below 0 it is as published
+      pretrained: folder or .safetensors file to start from; empty starts at random
+    """
+    data = images.open(run.data_dir)
+    *size, channels = data.image_shape
+    shape = {
+        'version': version,
+        'width': width,
+        'small_stem': max(size) <= 64,
+        'auxiliary': auxiliary > 0,
+    }
+    model = inception.Inception(
+        classes=data.num_classes, dropout=dropout, dtype=jnp.dtype(images.dtype), **shape
+    )
+    heads = len(inception.size(version).auxiliary) if auxiliary > 0 else 0
+    return image_classification(
+        model,
+        data,
+        images=images,
+        run=run,
+        optim=optim,
+        rules=inception.RULES,
+        forward_flops=inception.forward_flops(tuple(size), channels, data.num_classes, **shape),
+        aux_weights=(auxiliary,) * heads,
+        pretrained=kept.pretrained(model, pretrained),
+    )

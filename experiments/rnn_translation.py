@@ -1,0 +1,75 @@
+"""Recurrent encoder and decoder with additive attention: translation, English into Chinese.
+
+Bahdanau et al. 2015, "Neural machine translation by jointly learning to align and translate"; with
+--noattention the fixed vector of Cho et al. 2014. The default data are the messages of Django and
+JupyterLab with their translations.
+
+    python launch.py --experiment=rnn_translation
+    python launch.py --experiment=rnn_translation --noattention
+    python launch.py --experiment=rnn_translation --dataset=csv:news.csv \\
+        --source_column=text --target_column=summary --score=rouge
+"""
+
+from typing import Any, Literal
+
+import jax.numpy as jnp
+
+from bigjax.experiment import Experiment, Run
+from bigjax.models import rnn_seq2seq
+from bigjax.optimizers import Optim
+from bigjax.run import Search
+from bigjax.translate import TextPairs, text_to_text
+
+
+def experiment(
+    *,
+    size: Literal['small', 'rnnsearch'] = 'small',
+    depth: int = 0,
+    embed: int = 0,
+    width: int = 0,
+    attention: bool = True,
+    dropout: float = 0.2,
+    dtype: Literal['float32', 'bfloat16'] = 'float32',
+    pairs: TextPairs = TextPairs(),
+    run: Run = Run(steps=1500, batch=64, eval_batch=128, eval_every=250, monitor='test/loss'),
+    optim: Optim = Optim(peak_lr=2e-3, warmup=100, end_lr=0.0, clip=1.0),
+    search: Search = Search(),
+) -> Experiment:
+    """Builds the run.
+
+    Args:
+      size: small (one layer, width 128), or Bahdanau et al.'s model
+      depth: layers of the encoder; 0 takes the size's
+      embed: width of the embedding; 0 takes the size's
+      width: units of the decoder and of each direction of the encoder; 0 takes the size's
+      attention: whether the decoder attends to the source, or reads one vector of it
+      dropout: share of embeddings, encoder outputs and readouts zeroed in training
+      dtype: type of the computation; parameters are float32
+    """
+    data = pairs.open(run.data_dir)
+    knobs = {'depth': depth, 'embed': embed, 'width': width}
+    shape: dict[str, Any] = {**rnn_seq2seq.SIZES[size]}
+    shape |= {name: value for name, value in knobs.items() if value}
+    model = rnn_seq2seq.RecurrentSeq2Seq(
+        vocab_size=data.vocab_size,
+        attention=attention,
+        dropout=dropout,
+        dtype=jnp.dtype(dtype),
+        **shape,
+    )
+    return text_to_text(
+        model,
+        data=data,
+        pairs=pairs,
+        run=run,
+        optim=optim,
+        search=search,
+        rules=rnn_seq2seq.RULES,
+        forward_flops=rnn_seq2seq.forward_flops(
+            vocab_size=data.vocab_size,
+            source_length=pairs.seq,
+            target_length=pairs.seq,
+            attention=attention,
+            **shape,
+        ),
+    )

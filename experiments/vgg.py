@@ -1,0 +1,71 @@
+"""VGG: 11, 13, 16 or 19 layers of 3×3 convolutions, on ImageNet or small images.
+
+Simonyan and Zisserman 2014, "Very deep convolutional networks for large-scale image recognition"
+(arXiv:1409.1556).
+
+    python launch.py --experiment=vgg
+    python launch.py --experiment=vgg --dataset=idx:DIR --depth=16 --width=24 --hidden=128
+        --batch=128 --steps=4500 --eval_every=1500 --eval_batch=500 --flip --ema=0.999
+
+Full size, 138,357,544 parameters, the recipe of torchvision (90 epochs, where the rate is divided
+by ten every 30; its weights have 71.592 % top-1, and with --batch_norm --peak_lr=0.1 73.360 %,
+pytorch.org/vision/stable/models):
+
+    python launch.py --experiment=vgg --dataset=tfds:imagenet2012 --image_size=224 --depth=16
+        --width=0 --hidden=0 --nobatch_norm --normalize=imagenet --crop=0.08 --flip --shift=0
+        --eval_crop=0.875 --label_smoothing=0 --peak_lr=0.01 --warmup=0 --l2=1e-4 --batch=256
+        --steps=450400 --eval_every=5004 --save_every=5004
+"""
+
+import jax.numpy as jnp
+
+from bigjax.experiment import Experiment, Run
+from bigjax.models import vgg
+from bigjax.optimizers import Optim
+from bigjax.pretrained import vgg as kept
+from bigjax.vision import Images, image_classification
+
+
+def experiment(
+    *,
+    depth: int = 11,
+    batch_norm: bool = True,
+    width: int = 16,
+    hidden: int = 128,
+    dropout: float = 0.5,
+    pretrained: str = '',
+    images: Images = Images(shift=1),
+    run: Run = Run(steps=600, batch=64, eval_every=200, monitor='test/accuracy'),
+    optim: Optim = Optim(optimizer='sgd', peak_lr=0.1, warmup=50, end_lr=0.0, l2=5e-4),
+) -> Experiment:
+    """Builds the run.
+
+    Args:
+      depth: layers: 11, 13, 16 or 19
+      batch_norm: whether every convolution is followed by BatchNorm
+      width: channels of the first stage, with which the others scale; 0 is 64, as published
+      hidden: units of both hidden dense layers; 0 is 4096, as published
+      dropout: share of the hidden dense layers' units zeroed in training
+      pretrained: folder or .safetensors file to start from; empty starts at random
+    """
+    data = images.open(run.data_dir)
+    *size, channels = data.image_shape
+    shape = {'depth': depth, 'width': width, 'hidden': hidden, 'small_stem': max(size) <= 64}
+    model = vgg.VGG(
+        classes=data.num_classes,
+        batch_norm=batch_norm,
+        dropout=dropout,
+        dtype=jnp.dtype(images.dtype),
+        **shape,
+    )
+    flops = vgg.forward_flops(tuple(size), channels, data.num_classes, **shape)
+    return image_classification(
+        model,
+        data,
+        images=images,
+        run=run,
+        optim=optim,
+        rules=vgg.RULES,
+        forward_flops=flops,
+        pretrained=kept.pretrained(model, pretrained),
+    )

@@ -1,0 +1,89 @@
+"""Vision Transformer: an image as a sequence of patches, on ImageNet or small images.
+
+Dosovitskiy et al. 2020, "An image is worth 16×16 words" (arXiv:2010.11929).
+
+    python launch.py --experiment=vit
+    python launch.py --experiment=vit --dataset=idx:DIR --variant=Ti/4 --width=96 --depth=6 --heads=4
+        --batch=128 --steps=6000 --warmup=500 --eval_every=1500 --eval_batch=500 --flip --ema=0.999
+
+Full size (S/16 has 22,050,664 parameters, B/16 86,567,656), the recipe of Beyer et al. 2022,
+"Better plain ViT baselines for ImageNet-1k" (arXiv:2205.01580), where 90 epochs give S/16 76.5 %
+top-1 (also in big_vision's configs/vit_s16_i1k.py):
+
+    python launch.py --experiment=vit --dataset=tfds:imagenet2012 --image_size=224 --variant=S/16
+        --depth=0 --heads=0 --width=0 --pool=mean --positions=sincos2d --normalize=half --crop=0.05
+        --flip --shift=0 --eval_crop=0.875 --randaugment=2 --magnitude=10 --mixup=0.2
+        --label_smoothing=0 --batch=1024 --steps=112600 --warmup=10000 --peak_lr=1e-3 --b2=0.999
+        --weight_decay=0.1 --clip=1 --ema=0 --dtype=bfloat16 --eval_every=1251 --save_every=1251
+"""
+
+from typing import Literal
+
+import jax.numpy as jnp
+
+from bigjax.experiment import Experiment, Run
+from bigjax.models import vit
+from bigjax.nn.stack import Remat
+from bigjax.optimizers import Optim
+from bigjax.pretrained import vit as kept
+from bigjax.vision import Images, image_classification
+
+
+def experiment(
+    *,
+    variant: str = 'Ti/2',
+    depth: int = 4,
+    heads: int = 4,
+    width: int = 96,
+    pool: Literal['token', 'mean'] = 'token',
+    positions: Literal['learned', 'sincos2d'] = 'learned',
+    dropout: float = 0.0,
+    drop_path: float = 0.1,
+    scan: bool = False,
+    remat: Remat = 'none',
+    pretrained: str = '',
+    images: Images = Images(shift=1),
+    run: Run = Run(steps=1000, batch=64, eval_every=500, monitor='test/accuracy'),
+    optim: Optim = Optim(
+        peak_lr=1e-3, warmup=100, end_lr=0.0, b2=0.999, weight_decay=0.1, clip=1.0, ema=0.99
+    ),
+) -> Experiment:
+    """Builds the run.
+
+    Args:
+      variant: size (Ti, S, B, L or H), a slash and the side of a patch in pixels
+      depth: number of layers; 0 is the variant's
+      heads: number of attention heads; 0 is the variant's
+      width: width of the residual stream; 0 is the variant's
+      pool: what the head reads: a class token's place, or the mean of all patches
+      positions: learned, or fixed sines and cosines of row and column
+      dropout: share of embeddings and branches zeroed in training
+      drop_path: share of images that skip the last layer's branches; less in the layers before
+      scan: whether layers are scanned: compiles faster, runs slower on a CPU
+      remat: what is computed again for the gradient, to save memory
+      pretrained: folder or .safetensors file to start from; empty starts at random
+    """
+    data = images.open(run.data_dir)
+    *size, channels = data.image_shape
+    shape = {'variant': variant, 'depth': depth, 'heads': heads, 'width': width, 'pool': pool}
+    model = vit.ViT(
+        classes=data.num_classes,
+        positions=positions,
+        dropout=dropout,
+        drop_path=drop_path,
+        scan=scan,
+        remat=remat,
+        dtype=jnp.dtype(images.dtype),
+        **shape,
+    )
+    flops = vit.forward_flops(tuple(size), channels, data.num_classes, **shape)
+    return image_classification(
+        model,
+        data,
+        images=images,
+        run=run,
+        optim=optim,
+        rules=vit.RULES,
+        forward_flops=flops,
+        pretrained=kept.pretrained(model, pretrained, image_size=size[0], channels=channels),
+    )

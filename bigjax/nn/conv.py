@@ -18,7 +18,8 @@ from jax import lax
 from bigjax.nn.winograd import conv_winograd
 
 Padding = str | Sequence[tuple[int, int]]
-_IMPLS = (None, 'xla', 'taps', 'taps_grad', 'winograd')
+_IMPLS = (None, 'xla', 'split_grad', 'taps', 'taps_grad', 'winograd')
+_SPLIT = 16  # images of one part of 'split_grad'
 
 
 def conv(
@@ -35,6 +36,7 @@ def conv(
     pixels of zeros. `impl` is one of
       None: chosen by shape, dtype and backend;
       'xla': XLA's own convolution;
+      'split_grad': the same, the kernel's gradient summed over parts of the batch;
       'taps': the sum of one matrix product per kernel position, zero padding left out;
       'taps_grad': XLA's convolution whose gradients are such sums;
       'winograd': see `bigjax.nn.winograd`; 3×3, strides 1, one pixel of padding.
@@ -68,6 +70,8 @@ def conv(
         return _conv_taps(x_BHWC, w_IJCO, tuple(strides), pads, _sum_taps)
     if impl == 'taps_grad':
         return _conv_taps(x_BHWC, w_IJCO, tuple(strides), pads, _xla)
+    if impl == 'split_grad':
+        return _conv_split(x_BHWC, w_IJCO, tuple(strides), pads)
     return _xla(x_BHWC, w_IJCO, strides, pads)
 
 
@@ -86,14 +90,43 @@ def _choose(x_BHWC, w_IJCO, strides, pads) -> str:
         return 'xla'
     # Measured on CPUs: with 64 channels or more, XLA's own convolution packs and pads slowly.
     _, h, w, c = x_BHWC.shape
-    if x_BHWC.dtype != jnp.float32 or min(c, w_IJCO.shape[3]) < 64:
+    if x_BHWC.dtype != jnp.float32:
         return 'xla'
-    if h * w >= 16 and _winograd_fits(w_IJCO.shape, strides, pads):
+    if min(c, w_IJCO.shape[3]) < 64:
+        return 'split_grad'
+    # Odd sides leave part of the last tiles unused, which with 64 channels is not worth it.
+    tiled = h % 2 == w % 2 == 0 or min(c, w_IJCO.shape[3]) > 64
+    if tiled and h * w >= 16 and _winograd_fits(w_IJCO.shape, strides, pads):
         return 'winograd'
     if w_IJCO.shape[:2] == (1, 1) or h * w <= 16:
         return 'taps'
+    if not tiled:
+        return 'split_grad'
     # XLA transposes the whole image for a kernel's gradient, and dilates for a strided input's.
     return 'taps_grad' if max(strides) > 1 else 'xla'
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _conv_split(x_BHWC, w_IJCO, strides, pads):
+    return _xla(x_BHWC, w_IJCO, strides, pads)
+
+
+def _conv_split_fwd(x_BHWC, w_IJCO, strides, pads):
+    return _xla(x_BHWC, w_IJCO, strides, pads), (x_BHWC, w_IJCO)
+
+
+def _conv_split_bwd(strides, pads, saved, g_BPQO):
+    x_BHWC, w_IJCO = saved
+    dx_BHWC = jax.vjp(lambda x: _xla(x, w_IJCO, strides, pads), x_BHWC)[1](g_BPQO)[0]
+    dw_IJCO = jnp.zeros_like(w_IJCO)
+    # XLA transposes all images for the kernel's gradient: parts of them stay in a core's cache.
+    for i in range(0, x_BHWC.shape[0], _SPLIT):
+        x, g = x_BHWC[i : i + _SPLIT], g_BPQO[i : i + _SPLIT]
+        dw_IJCO += jax.vjp(lambda w, x=x: _xla(x, w, strides, pads), w_IJCO)[1](g)[0]
+    return dx_BHWC, dw_IJCO
+
+
+_conv_split.defvjp(_conv_split_fwd, _conv_split_bwd)
 
 
 def _span(size: int, taps: int, stride: int, pads: tuple[int, int]) -> list[tuple[int, int, int]]:

@@ -3,9 +3,14 @@
 He et al. 2015, "Deep residual learning for image recognition" (arXiv:1512.03385).
 
     python launch.py --experiment=resnet
-    python launch.py --experiment=resnet --depth=20 --width=16 --dataset=idx:DIR
+    python launch.py --experiment=resnet --depth=20 --width=16 --dataset=idx:DIR --batch=128
+        --steps=3600 --warmup=300 --flip --label_smoothing=0 --eval_batch=1000 --eval_every=0
+        --optimizer=muon --peak_lr=0.03 --l2=0 --weight_decay=0.05
 
-Measured on two CPU cores, one seed: digits, 20 layers, 99.7 % in 39 s.
+Measured on two CPU cores, one seed: digits, 20 layers, 99.7 % in 39 s; Fashion-MNIST with the
+second command 94.3 % test accuracy in 23:14, less than eight epochs. SGD at the default rate,
+--l2=5e-4, ten epochs and shifts of two pixels reached 93.1 %: after one epoch with Muon 91.2 %,
+with SGD 86.2 %.
 """
 
 from typing import Any

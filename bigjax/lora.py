@@ -112,7 +112,8 @@ def adapted(function: Callable, lora: LoRA) -> Callable:
         layer = context.module
         if not isinstance(layer, Dense) or not layer.has_variable('params', A):
             return y
-        a, b = (layer.get_variable('params', name).astype(y.dtype) for name in (A, B))
+        a: jax.Array = layer.get_variable('params', A).astype(y.dtype)
+        b: jax.Array = layer.get_variable('params', B).astype(y.dtype)
         x_NI = args[0].reshape(-1, math.prod(a.shape[:-1])).astype(y.dtype)
         low_NO = (x_NI @ a.reshape(-1, lora.rank)) @ b.reshape(lora.rank, -1)
         return y + (lora.alpha / lora.rank) * low_NO.reshape(y.shape)

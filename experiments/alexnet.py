@@ -16,6 +16,8 @@ ten every 30; its weights have 56.522 % top-1, pytorch.org/vision/stable/models)
         --ema=0 --batch=256 --steps=450400 --eval_every=5004 --save_every=5004
 """
 
+from typing import Any
+
 import jax.numpy as jnp
 
 from bigjax.experiment import Experiment, Run
@@ -44,12 +46,12 @@ def experiment(
       pretrained: folder or .safetensors file to start from; empty starts at random
     """
     data = images.open(run.data_dir)
-    *size, channels = data.image_shape
-    shape = {'width': width, 'hidden': hidden, 'small_stem': max(size) <= 64}
+    size, channels = data.image_shape[:2], data.image_shape[2]
+    shape: dict[str, Any] = {'width': width, 'hidden': hidden, 'small_stem': max(size) <= 64}
     model = alexnet.AlexNet(
         classes=data.num_classes, dropout=dropout, dtype=jnp.dtype(images.dtype), **shape
     )
-    flops = alexnet.forward_flops(tuple(size), channels, data.num_classes, **shape)
+    flops = alexnet.forward_flops(size, channels, data.num_classes, **shape)
     return image_classification(
         model,
         data,

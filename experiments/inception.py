@@ -18,6 +18,8 @@ with a rate that falls by 6 % every two epochs; here it is momentum and a cosine
         --steps=125100 --eval_every=1251 --save_every=1251
 """
 
+from typing import Any
+
 import jax.numpy as jnp
 
 from bigjax.experiment import Experiment, Run
@@ -48,8 +50,8 @@ def experiment(
       pretrained: folder or .safetensors file to start from; empty starts at random
     """
     data = images.open(run.data_dir)
-    *size, channels = data.image_shape
-    shape = {
+    size, channels = data.image_shape[:2], data.image_shape[2]
+    shape: dict[str, Any] = {
         'version': version,
         'width': width,
         'small_stem': max(size) <= 64,
@@ -66,7 +68,7 @@ def experiment(
         run=run,
         optim=optim,
         rules=inception.RULES,
-        forward_flops=inception.forward_flops(tuple(size), channels, data.num_classes, **shape),
+        forward_flops=inception.forward_flops(size, channels, data.num_classes, **shape),
         aux_weights=(auxiliary,) * heads,
         pretrained=kept.pretrained(model, pretrained),
     )

@@ -9,7 +9,7 @@ Django's translations, read byte by byte: 63 languages, half of the messages sho
 Measured on two CPU cores, one seed: 83.1 % test accuracy in 2:24.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -73,8 +73,8 @@ def experiment(
         test_file=test_file,
     )
     classes = len(data.class_names)
-    sizes = {'classes': classes, 'embed': embed, 'features': width, 'layers': depth}
-    sizes |= {'cell': cell, 'direction': direction}
+    sizes: dict[str, Any] = {'classes': classes, 'embed': embed, 'features': width}
+    sizes |= {'layers': depth, 'cell': cell, 'direction': direction}
     model = rnn.RecurrentClassifier(
         **sizes,
         vocab=data.tokenizer.vocab_size,

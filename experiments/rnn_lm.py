@@ -8,7 +8,7 @@ text starts from an empty state; generation carries the state on for as long as 
     python launch.py --experiment=rnn_lm --dataset=files:'books/*.txt' --tokenizer=bpe --dropout=0.3
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 import jax.numpy as jnp
 
@@ -58,7 +58,8 @@ def experiment(
       z_loss: weight of the squared log-partition in the loss
     """
     data = open_language(dataset, seq=seq, data_dir=run.data_dir, tokenizer=tokenizer, vocab=vocab)
-    sizes = {'vocab_size': data.tokenizer.vocab_size, 'embed': embed, 'features': width}
+    vocab_size = data.tokenizer.vocab_size
+    sizes: dict[str, Any] = {'vocab_size': vocab_size, 'embed': embed, 'features': width}
     sizes |= {'layers': depth, 'cell': cell}
     model = rnn_lm.RecurrentLM(**sizes, tied=tied, dropout=dropout, dtype=jnp.dtype(dtype))
     optimizer, schedule = make_optimizer(optim, steps=run.steps)

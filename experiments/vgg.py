@@ -17,6 +17,8 @@ pytorch.org/vision/stable/models):
         --steps=450400 --eval_every=5004 --save_every=5004
 """
 
+from typing import Any
+
 import jax.numpy as jnp
 
 from bigjax.experiment import Experiment, Run
@@ -49,8 +51,8 @@ def experiment(
       pretrained: folder or .safetensors file to start from; empty starts at random
     """
     data = images.open(run.data_dir)
-    *size, channels = data.image_shape
-    shape = {'depth': depth, 'width': width, 'hidden': hidden, 'small_stem': max(size) <= 64}
+    size, channels = data.image_shape[:2], data.image_shape[2]
+    shape: dict[str, Any] = {'depth': depth, 'width': width, 'hidden': hidden, 'small_stem': max(size) <= 64}
     model = vgg.VGG(
         classes=data.num_classes,
         batch_norm=batch_norm,
@@ -58,7 +60,7 @@ def experiment(
         dtype=jnp.dtype(images.dtype),
         **shape,
     )
-    flops = vgg.forward_flops(tuple(size), channels, data.num_classes, **shape)
+    flops = vgg.forward_flops(size, channels, data.num_classes, **shape)
     return image_classification(
         model,
         data,

@@ -17,7 +17,7 @@ top-1 (also in big_vision's configs/vit_s16_i1k.py):
         --weight_decay=0.1 --clip=1 --ema=0 --dtype=bfloat16 --eval_every=1251 --save_every=1251
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 import jax.numpy as jnp
 
@@ -64,8 +64,8 @@ def experiment(
       pretrained: folder or .safetensors file to start from; empty starts at random
     """
     data = images.open(run.data_dir)
-    *size, channels = data.image_shape
-    shape = {'variant': variant, 'depth': depth, 'heads': heads, 'width': width, 'pool': pool}
+    size, channels = data.image_shape[:2], data.image_shape[2]
+    shape: dict[str, Any] = {'variant': variant, 'depth': depth, 'heads': heads, 'width': width, 'pool': pool}
     model = vit.ViT(
         classes=data.num_classes,
         positions=positions,
@@ -76,7 +76,7 @@ def experiment(
         dtype=jnp.dtype(images.dtype),
         **shape,
     )
-    flops = vit.forward_flops(tuple(size), channels, data.num_classes, **shape)
+    flops = vit.forward_flops(size, channels, data.num_classes, **shape)
     return image_classification(
         model,
         data,

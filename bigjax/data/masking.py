@@ -40,6 +40,7 @@ class Masking:
             rate: share of tokens to predict, above 0 and below 1.
             whole_words: whether the tokens of a word are chosen together.
         """
+        assert tokenizer.mask is not None
         self.mask = tokenizer.mask
         self.special = tokenizer.special
         self.continues = tokenizer.continues

@@ -30,6 +30,8 @@ class Passages:
         template: the special tokens around them.
         seq: tokens in a row.
         pair: whether a passage leaves room for being cut in two.
+        bounds: first token of each passage and the one after it, int64 [N, 2].
+        owner: the document of each passage, int64 [N].
     """
 
     tokens: MappedArray | np.ndarray
@@ -38,6 +40,8 @@ class Passages:
     template: Template
     seq: int
     pair: bool = False
+    bounds: np.ndarray = dataclasses.field(init=False, repr=False, compare=False)
+    owner: np.ndarray = dataclasses.field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         starts = self.sentences[:][self.documents[:]]
@@ -164,6 +168,7 @@ def open_passages(
         lambda made: write_passages(made, corpus, tokenizer, vocab),
     )
     read = masked_tokenizer(folder, name, tokenizer)
+    assert read.template is not None
     train, validation = (
         Passages(
             tokens=MappedArray(folder / f'{split}-tokens.npy'),
@@ -208,7 +213,9 @@ def write_passages(folder: Path, corpus: Corpus, tokenizer: str, vocab: int) -> 
     made = masked_tokenizer(folder, tokenizer_name(tokenizer, vocab), tokenizer)
     dtype = np.uint16 if made.vocab_size <= 2**16 else np.uint32
     for split in SPLITS:
-        tokens, sentences, heads, size = [np.zeros(0, dtype)], [], [], 0
+        tokens, size = [np.zeros(0, dtype)], 0
+        sentences: list[int] = []
+        heads: list[int] = []
         for text in documents(corpus, split, utf8=True):
             lines = [row for row in made.encode_documents(document_lines(text)) if len(row)]
             if lines:

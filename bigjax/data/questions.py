@@ -39,6 +39,7 @@ class Windows:
         seq: tokens in a row.
         longest_question: tokens of a question that are read.
         overlap: tokens that two neighbouring windows share.
+        bounds: question, first token of its text and the one after it, int64 [rows, 3].
     """
 
     questions: Ragged
@@ -49,6 +50,7 @@ class Windows:
     seq: int
     longest_question: int
     overlap: int
+    bounds: np.ndarray = dataclasses.field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         sizes = np.minimum(np.diff(self.questions.ends[:], prepend=0), self.longest_question)
@@ -226,6 +228,7 @@ def open_questions(
 
     folder = prepared(data_dir, f'questions/{key}-{name}', write)
     about, made = load_json(folder / 'about.json'), masked_tokenizer(folder, name, tokenizer)
+    assert made.template is not None
     train, test = (
         Windows(
             questions=read_ragged(folder, f'{split}-questions'),
@@ -240,7 +243,7 @@ def open_questions(
         for split in ('train', 'test')
     )
     asked = [Asked(**{**one, 'answers': tuple(one['answers'])}) for one in about['asked']]
-    notes = (f'{len(train)} and {len(test)} windows of the texts',)
+    notes: tuple[str, ...] = (f'{len(train)} and {len(test)} windows of the texts',)
     if about['lost']:
         notes += (f'{about["lost"]} answers have no token of their own and count as none',)
     sizes = {'train': len(train.questions), 'test': len(test.questions)}

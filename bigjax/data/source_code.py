@@ -5,7 +5,7 @@ import io
 import re
 import tokenize
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import NamedTuple, TypeGuard
 
 # Longer lines are left out of the labelled ones: they are tables, not statements.
 MOST_WORDS = 80
@@ -87,6 +87,9 @@ def named_spans(tree: ast.AST) -> Iterator[tuple[Place, Place, str]]:
         for one in node.elts if isinstance(node, ast.Tuple) else (node,):
             target = one.func if isinstance(one, ast.Call) and kind == 'exception' else one
             if is_dotted(target):
+                # Only a node that was made by hand, not parsed, does not know its end.
+                assert target.end_lineno is not None
+                assert target.end_col_offset is not None
                 start = target.lineno, target.col_offset
                 yield start, (target.end_lineno, target.end_col_offset), kind
 
@@ -115,7 +118,7 @@ def named_spans(tree: ast.AST) -> Iterator[tuple[Place, Place, str]]:
                 yield from span(node.type, 'exception')
 
 
-def is_dotted(node: ast.AST | None) -> bool:
+def is_dotted(node: ast.AST | None) -> TypeGuard[ast.Attribute | ast.Name]:
     """Returns whether an expression is a name, or names joined by dots."""
     while isinstance(node, ast.Attribute):
         node = node.value

@@ -159,6 +159,7 @@ def train_subwords(texts: Iterable[str], *, kind: str, vocab: int, path: Path) -
     """
     import tokenizers
 
+    trainer: tokenizers.trainers.Trainer
     if kind == 'masked_bpe':
         begin, end, pad, unknown, mask = ROBERTA_SPECIAL
         model = _byte_level(tokenizers.models.BPE())

@@ -28,12 +28,16 @@ class LabelRows:
         labels: the label of each token, -1 where it is not the first of a word.
         template: the special tokens around them.
         seq: tokens in a row.
+        bounds: first token of each row and the one after it, int64 [N, 2].
+        owner: the text of each row, int32 [N].
     """
 
     tokens: Ragged
     labels: Ragged
     template: Template
     seq: int
+    bounds: np.ndarray = dataclasses.field(init=False, repr=False, compare=False)
+    owner: np.ndarray = dataclasses.field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         room = self.template.room(self.seq, pair=False)

@@ -53,8 +53,8 @@ SIZES = {
         4096,
     )
 }
-_SMALL_STEM = {'kernel': 5, 'stride': 1, 'pad': 2}
-_POOL = {'window': (3, 3), 'strides': (2, 2)}
+_SMALL_STEM: dict[str, Any] = {'kernel': 5, 'stride': 1, 'pad': 2}
+_POOL: dict[str, Any] = {'window': (3, 3), 'strides': (2, 2)}
 _MAP = (6, 6)  # what the dense layers read in the published form
 
 
@@ -110,6 +110,7 @@ def size(
     width: int = 0, hidden: int = 0, small_stem: bool = False
 ) -> tuple[tuple[Layer, ...], int]:
     """The convolutions and the units of a hidden dense layer; 0 takes the published ones."""
+    layers: tuple[Layer, ...]
     layers, published = SIZES['one_tower']
     ratio = (width or layers[0].features) / layers[0].features
     layers = tuple(layer._replace(features=round(layer.features * ratio)) for layer in layers)

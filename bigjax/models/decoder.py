@@ -34,6 +34,7 @@ def empty_cache(
 ) -> Cache:
     """Returns a cache for `batch` rows of `length` positions that holds none yet."""
     shape = (batch, length, kv_heads, head_size)
+    layers: tuple[KeyValue, ...] | KeyValue
     if scan:
         layers = jnp.zeros((depth, *shape), dtype), jnp.zeros((depth, *shape), dtype)
     else:
@@ -62,6 +63,7 @@ def attend(
     """
     if kv is None:
         return attention(q_BTHD, k_BTKD, v_BTKD, causal=True, impl=impl), None
+    assert start_B is not None
     kv = _write(kv[0], k_BTKD, start_B), _write(kv[1], v_BTKD, start_B)
     return cached_attention(q_BTHD, *kv, start_B=start_B), kv
 

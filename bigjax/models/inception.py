@@ -65,7 +65,7 @@ class Auxiliary(nn.Module):
     def __call__(self, x_BHWC: jax.Array, *, train: bool) -> jax.Array:
         """Returns logits [B, classes] in float32."""
         own = self.size
-        if own.auxiliary_map == (5, 5) == _strided_5x5(x_BHWC.shape[1:3]):
+        if own.auxiliary_map == (5, 5) == _strided_5x5((x_BHWC.shape[1], x_BHWC.shape[2])):
             x_BHWC = avg_pool(x_BHWC, window=(5, 5), strides=(3, 3))
         else:
             x_BHWC = adaptive_avg_pool(x_BHWC, own.auxiliary_map)
@@ -86,8 +86,8 @@ class Inception(nn.Module):
     """Inception network of a version (a key of SIZES) for images [B, H, W, C].
 
     `width` is the first convolution's number of channels, with which all others scale (0: 64 in
-    version 1, 32 in version 3). `small_stem` keeps the size of the image up to the first block,
-    where ImageNet's have 28 pixels a side in version 1 and 35 in version 3.
+    version 1, 32 in version 3). `small_stem` is for small images: up to the first block it halves
+    the image once in version 1 and keeps its size in version 3, not an eighth of it.
 
     With `auxiliary`, training gives a tuple: the logits, then those of each auxiliary head, all
     [B, classes] float32; without, and in evaluation, the logits alone. Dropout (rng 'dropout') is
@@ -108,8 +108,8 @@ class Inception(nn.Module):
     def __call__(self, x_BHWC: jax.Array, *, train: bool) -> jax.Array | tuple[jax.Array, ...]:
         """Returns logits [B, classes] in float32, or a tuple of them."""
         own = size(self.version, self.width)
-        _check(x_BHWC.shape[1:3], self.version, self.small_stem)
-        heads = []
+        _check((x_BHWC.shape[1], x_BHWC.shape[2]), self.version, self.small_stem)
+        heads: list[jax.Array] = []
         stem = own.small_stem if self.small_stem else own.stem
         x_BHWC = _run(x_BHWC, stem, 'stem_', train, self.dtype)
         for s, stage in enumerate(own.stages):
@@ -137,8 +137,9 @@ def size(version: int, width: int = 0) -> Size:
             f'--version={version}: there are Inception versions {sorted(SIZES)}; try --version=3'
         )
     own = SIZES[version]
-    published = own.stem[0].features
-    return _scaled(own, (width or published) / published)
+    first = own.stem[0]
+    assert isinstance(first, C)  # the first layer is a convolution in every version
+    return _scaled(own, (width or first.features) / first.features)
 
 
 def _scaled(part: Any, ratio: float) -> Any:
@@ -260,7 +261,7 @@ def _pool_pads(size_HW: tuple[int, int], pool: Pool) -> tuple[tuple[int, int], t
 
 def _pool(x_BHWC: jax.Array, pool: Pool) -> jax.Array:
     run = max_pool if pool.kind == 'max' else avg_pool
-    pads = _pool_pads(x_BHWC.shape[1:3], pool)
+    pads = _pool_pads((x_BHWC.shape[1], x_BHWC.shape[2]), pool)
     return run(x_BHWC, window=(pool.window,) * 2, strides=(pool.stride,) * 2, padding=pads)
 
 

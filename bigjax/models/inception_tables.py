@@ -94,7 +94,7 @@ _HALVE = Pool('max', 2, ceil=True)
 SIZES = {
     1: Size(
         stem=(C(64, (7, 7), 2), _HALVE, C(64), C(192, (3, 3)), _HALVE),
-        small_stem=(C(64, (3, 3)), C(64), C(192, (3, 3))),
+        small_stem=(C(64, (3, 3)), C(64), C(192, (3, 3)), _HALVE),
         stages=(
             (_v1(64, 96, 128, 16, 32, 32), _v1(128, 128, 192, 32, 96, 64), _HALVE),
             (

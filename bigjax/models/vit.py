@@ -177,7 +177,7 @@ class ViT(nn.Module):
     def __call__(self, x_BHWK: jax.Array, *, train: bool) -> jax.Array:
         """Returns logits [B, classes] in float32."""
         own, P = size(self.variant, depth=self.depth, heads=self.heads, width=self.width)
-        grid = grid_of(x_BHWK.shape[1:3], P, self.variant)
+        grid = grid_of((x_BHWK.shape[1], x_BHWK.shape[2]), P, self.variant)
         patches_BNPPK = _patches(x_BHWK, grid, P)
         embed = Dense(own.width, in_dims=3, dtype=self.dtype, name='patch')
         x_BTC = self._add_positions(embed(patches_BNPPK), grid)
@@ -209,7 +209,7 @@ class ViT(nn.Module):
             init = nn.initializers.normal(0.02)
             position_TC = self.param('position', init, (tokens + N, C), jnp.float32)
         else:
-            position_TC = np.pad(sincos2d(grid, C), ((tokens, 0), (0, 0)))
+            position_TC = jnp.asarray(np.pad(sincos2d(grid, C), ((tokens, 0), (0, 0))))
         if tokens:
             token_C = self.param('class_token', nn.initializers.zeros_init(), (C,), jnp.float32)
             token_B1C = jnp.broadcast_to(token_C.astype(x_BNC.dtype)[None, None], (B, 1, C))

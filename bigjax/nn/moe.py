@@ -188,7 +188,8 @@ class MoE(nn.Module):
             'router_z': (z, one),
             'dropped': (dropped, jnp.float32(B * T * K)),
         }
-        for collection, values in {'losses': losses, 'metrics': metrics}.items():
+        collections: dict[str, dict[str, Any]] = {'losses': losses, 'metrics': metrics}
+        for collection, values in collections.items():
             for name, value in values.items():
                 self.sow(collection, name, value)
 

@@ -61,8 +61,9 @@ def _pads(size_HW, window, strides, padding: Padding) -> Pads:
     if padding == 'CEIL':
         return ceil_padding(size_HW, window, strides)
     if isinstance(padding, str):
-        padding = lax.padtype_to_pads(size_HW, window, strides, padding)
-    (top, bottom), (left, right) = padding
+        (top, bottom), (left, right) = lax.padtype_to_pads(size_HW, window, strides, padding)
+    else:
+        (top, bottom), (left, right) = padding
     return (int(top), int(bottom)), (int(left), int(right))
 
 

@@ -105,7 +105,9 @@ def stack_layers(variables: dict[str, Any], name: str = 'block') -> dict[str, An
 
     The children `block_0` to `block_{L-1}` of any dict become its `blocks`.
     """
-    pattern, single, groups = re.compile(rf'(\w*{name})_(\d+)'), {}, {}
+    pattern = re.compile(rf'(\w*{name})_(\d+)')
+    single: dict[str, Any] = {}
+    groups: dict[str, dict[int, Any]] = {}
     for key, value in variables.items():
         if match := pattern.fullmatch(key):
             groups.setdefault(match[1], {})[int(match[2])] = value

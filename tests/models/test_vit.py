@@ -154,10 +154,12 @@ def test_first_layer_is_never_left_out_and_evaluation_leaves_none(small):
         return model.apply(variables, x, train=train, rngs=rngs)
 
     np.testing.assert_array_equal(run(0, False), run(1, False))
-    # The last layer, the second, is often left out: two seeds that leave both its branches out.
-    logits = [np.asarray(run(seed, True)) for seed in range(6)]
-    same = [np.allclose(logits[i], logits[j]) for i in range(6) for j in range(i)]
-    assert any(same)
+    # The last layer, the second, is mostly left out: then the logits are those of the first alone.
+    single = ViT(classes=3, **{**TINY, 'depth': 1})
+    params = {name: value for name, value in variables['params'].items() if name != 'block_1'}
+    expected = jax.jit(lambda: single.apply({'params': params}, x, train=False))()
+    close = [np.allclose(run(seed, True), expected, rtol=1e-4, atol=1e-4) for seed in range(8)]
+    assert any(close)
 
 
 @pytest.mark.parametrize(

@@ -95,6 +95,7 @@ def test_split_grad_equals_xla_with_gradients_when_the_last_part_is_short(stride
         (8, 64, 1, 2, 'taps'),
         (7, 64, 3, 1, 'split_grad'),
         (8, 4, 3, 1, 'split_grad'),
+        (8, 4, 1, 1, 'taps'),
     ],
 )
 def test_the_choice_is_made_by_shape_and_agrees_with_xla(size, channels, kernel, stride, form):

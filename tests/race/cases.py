@@ -30,7 +30,21 @@ CASES = {
         'knobs': {**_LARGE, 'variant': 'Ti/16', 'depth': 0, 'heads': 0, 'drop_path': 0.0,
                   'batch': 16},
     },
-    'gpt': {'experiment': 'gpt_stdlib', 'knobs': {}},
+    'gpt': {'experiment': 'gpt_stdlib', 'knobs': {'bias': True}},
+    'llama': {
+        'experiment': 'llama',
+        'knobs': {'depth': 4, 'width': 128, 'heads': 4, 'kv_heads': 2, 'hidden': 512,
+                  'tokenizer': 'bytes', 'vocab': 256, 'seq': 64, 'batch': 12},
+    },
+    'bert': {
+        'experiment': 'bert',
+        'knobs': {'size': 'mini', 'next_sentence': False, 'vocab': 4096, 'seq': 128, 'batch': 16},
+    },
+    'transformer': {
+        'experiment': 'transformer_translation',
+        'knobs': {'norm': 'post', 'activation': 'relu', 'dropout': 0.0, 'batch': 32},
+    },
+    'rnn_lm': {'experiment': 'rnn_lm', 'knobs': {'dropout': 0.0}},
     'lstm_classifier': {
         'experiment': 'lstm_classifier',
         'knobs': {'batch': 32, 'seq': 128, 'embed': 128, 'width': 128, 'depth': 2,

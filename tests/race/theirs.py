@@ -5,14 +5,19 @@ PYTHON tests/race/theirs.py CASE BATCH.npz
 
 import os
 import sys
+from collections.abc import Callable
 
 import numpy as np
-import timm
 import torch
 import torch.nn.functional as F
-import torchvision
-from cases import CASES, serve
+from cases import serve
 from torch import nn
+
+# torchvision built for another torch lacks its compiled operators, which no classifier calls; but
+# it does not import without these.
+LIBRARY = torch.library.Library('torchvision', 'FRAGMENT')
+for operator in ('nms', 'qnms'):
+    LIBRARY.define(f'{operator}(Tensor boxes, Tensor scores, float threshold) -> Tensor')
 
 
 def small_resnet(stages: tuple[int, ...], width: int, channels: int) -> nn.Module:
@@ -63,6 +68,9 @@ def image_model(name: str, channels: int) -> nn.Module:
             'resnet20': lambda: small_resnet((3, 3, 3), 16, channels),
             'resnet18': lambda: small_resnet((2, 2, 2, 2), 64, channels),
         }[name]()
+    import timm
+    import torchvision
+
     if name == 'vit':
         return timm.create_model('vit_tiny_patch16_224', in_chans=channels)
     models = torchvision.models
@@ -84,54 +92,122 @@ def image_model(name: str, channels: int) -> nn.Module:
     raise ValueError(name)
 
 
-def gpt(vocab: int, length: int) -> nn.Module:
-    """nanoGPT's smallest recipe, by transformers' GPT-2 without biases' cost counted apart."""
-    from transformers import GPT2Config, GPT2LMHeadModel
+def causal(name: str, length: int) -> nn.Module:
+    """nanoGPT's smallest shape as GPT-2 and as Llama, by transformers."""
+    from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-    return GPT2LMHeadModel(
-        GPT2Config(
-            vocab_size=vocab, n_positions=length, n_embd=128, n_layer=4, n_head=4,
-            attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0, use_cache=False,
-        )
-    )  # fmt: skip
-
-
-def make_loss(name: str, batch: dict[str, np.ndarray]):
-    """Returns the module and a function of no arguments that gives its loss on the batch."""
-    label = torch.tensor(batch['label']).long() if 'label' in batch else None
-    if 'image' in batch:
-        image = (
-            torch.tensor(batch['image'].astype(np.float32) / 255).permute(0, 3, 1, 2).contiguous()
-        )
-        net = image_model(name, image.shape[1])
-
-        def loss() -> torch.Tensor:
-            out = net(image)
-            heads = out if isinstance(out, tuple) else (out,)
-            return sum(
-                w * F.cross_entropy(h, label) for w, h in zip((1, 0.3, 0.3), heads, strict=False)
-            )
-
-        return net, loss
-    tokens = torch.tensor(batch['tokens']).long()
     if name == 'gpt':
-        net = gpt(256, tokens.shape[1] - 1)
+        none = {'attn_pdrop': 0.0, 'resid_pdrop': 0.0, 'embd_pdrop': 0.0}
+        shape = {'n_positions': length, 'n_embd': 128, 'n_layer': 4, 'n_head': 4}
+        return GPT2LMHeadModel(GPT2Config(vocab_size=256, use_cache=False, **shape, **none))
+    shape = {'hidden_size': 128, 'intermediate_size': 512, 'num_hidden_layers': 4}
+    heads = {'num_attention_heads': 4, 'num_key_value_heads': 2}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=256, use_cache=False, **shape, **heads))
 
-        def loss() -> torch.Tensor:
-            logits = net(tokens[:, :-1]).logits
-            return F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
 
-        return net, loss
-    net = LSTMClassifier(int(label.max()) + 1)
-    return net, lambda: F.cross_entropy(net(tokens), label)
+class RecurrentLM(nn.Module):
+    """Embedding and one layer of 256 units over bytes, as experiments/rnn_lm.py has it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(256, 256)
+        self.lstm = nn.LSTM(256, 256, 1, batch_first=True)
+        self.head = nn.Linear(256, 256)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.head(self.lstm(self.embed(tokens))[0])
+
+
+def bert_loss(batch: dict[str, torch.Tensor]) -> tuple[nn.Module, Callable[[], torch.Tensor]]:
+    """BERT's "mini" shape; like ours it looks for the masked tokens' logits alone."""
+    from transformers import BertConfig, BertForMaskedLM
+
+    shape = {'hidden_size': 256, 'num_hidden_layers': 4, 'num_attention_heads': 4}
+    none = {'hidden_dropout_prob': 0.0, 'attention_probs_dropout_prob': 0.0}
+    net = BertForMaskedLM(BertConfig(vocab_size=4096, intermediate_size=1024, **shape, **none))
+    tokens, where, targets = batch['tokens'], batch['positions'], batch['targets']
+
+    def loss() -> torch.Tensor:
+        real = tokens >= 0
+        hidden = net.bert(tokens.clamp(min=0), attention_mask=real.long()).last_hidden_state
+        index = where.clamp(min=0)[..., None].expand(-1, -1, hidden.shape[-1])
+        logits = net.cls(hidden.gather(1, index))
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+
+    return net, loss
+
+
+def translation_loss(
+    batch: dict[str, torch.Tensor],
+) -> tuple[nn.Module, Callable[[], torch.Tensor]]:
+    """The encoder-decoder Transformer of our "small" size, by transformers' Marian."""
+    from transformers import MarianConfig, MarianMTModel
+
+    source, target = batch['source'], batch['target']
+    vocab = 1 + int(max(source.max(), target.max()))
+    sides = {
+        f'{side}_{name}': value
+        for side in ('encoder', 'decoder')
+        for name, value in (('layers', 2), ('attention_heads', 4), ('ffn_dim', 512))
+    }
+    config = MarianConfig(
+        vocab_size=vocab, d_model=128, dropout=0.0, activation_function='relu', use_cache=False,
+        max_position_embeddings=source.shape[1], scale_embedding=True, pad_token_id=0, **sides,
+    )  # fmt: skip
+    net = MarianMTModel(config)
+    before = torch.cat([torch.zeros_like(target[:, :1]), target[:, :-1].clamp(min=0)], 1)
+
+    def loss() -> torch.Tensor:
+        mask = (source >= 0).long()
+        out = net(source.clamp(min=0), attention_mask=mask, decoder_input_ids=before)
+        return F.cross_entropy(out.logits.flatten(0, 1), target.flatten(), ignore_index=-1)
+
+    return net, loss
+
+
+def image_loss(name: str, batch: dict[str, torch.Tensor]) -> tuple[nn.Module, Callable]:
+    """A classifier; auxiliary heads count 0.3, as in ours."""
+    image = (batch['image'].permute(0, 3, 1, 2).float() / 255).contiguous()
+    net, label = image_model(name, image.shape[1]), batch['label']
+
+    def loss() -> torch.Tensor:
+        out = net(image)
+        heads = out if isinstance(out, tuple) else (out,)
+        pairs = zip((1, 0.3, 0.3), heads, strict=False)
+        return sum(weight * F.cross_entropy(head, label) for weight, head in pairs)
+
+    return net, loss
+
+
+def make_loss(name: str, batch: dict[str, torch.Tensor]) -> tuple[nn.Module, Callable]:
+    """Returns the module and a function of no arguments that gives its loss on the batch."""
+    if 'image' in batch:
+        return image_loss(name, batch)
+    if name == 'bert':
+        return bert_loss(batch)
+    if name == 'transformer':
+        return translation_loss(batch)
+    tokens = batch['tokens']
+    if name == 'lstm_classifier':
+        classifier, label = LSTMClassifier(int(batch['label'].max()) + 1), batch['label']
+        return classifier, lambda: F.cross_entropy(classifier(tokens), label)
+    net = RecurrentLM() if name == 'rnn_lm' else causal(name, tokens.shape[1] - 1)
+
+    def loss() -> torch.Tensor:
+        out = net(tokens[:, :-1])
+        logits = getattr(out, 'logits', out)
+        return F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+
+    return net, loss
 
 
 def main(name: str, path: str) -> None:
     """Builds the case's network and serves its train step."""
     torch.set_num_threads(int(os.environ['OMP_NUM_THREADS']))
-    net, loss = make_loss(name, dict(np.load(path)))
+    arrays = {key: torch.tensor(value) for key, value in np.load(path).items()}
+    batch = {k: v if k == 'image' or v.is_floating_point() else v.long() for k, v in arrays.items()}
+    net, loss = make_loss(name, batch)
     sgd = name.startswith(('resnet', 'vgg', 'inception'))
-    assert name in CASES
     if sgd:
         optimizer = torch.optim.SGD(net.parameters(), 0.01, momentum=0.9, weight_decay=5e-4)
     else:

@@ -24,7 +24,7 @@ from bigjax.experiment import Experiment, Run
 from bigjax.models import alexnet
 from bigjax.optimizers import Optim
 from bigjax.pretrained import alexnet as kept
-from bigjax.vision import Images, image_classification
+from bigjax.recipes.vision import Images, image_classification
 
 
 def experiment(

@@ -25,11 +25,11 @@ from typing import Literal
 
 import jax.numpy as jnp
 
-from bigjax.encoders import Reading, encoder_experiment, encoder_shape
 from bigjax.experiment import Experiment, Run
 from bigjax.models import bert
 from bigjax.nn.stack import Remat
 from bigjax.optimizers import Optim
+from bigjax.recipes.encoders import Reading, encoder_experiment, encoder_shape
 
 
 def experiment(

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from bigjax.experiment import Experiment, Run
 from bigjax.models import cnn
 from bigjax.optimizers import Optim
-from bigjax.vision import Images, image_classification
+from bigjax.recipes.vision import Images, image_classification
 
 
 def experiment(

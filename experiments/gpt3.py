@@ -24,13 +24,13 @@ from typing import Literal
 import jax.numpy as jnp
 
 from bigjax.experiment import Experiment, Run, Sample
-from bigjax.language import Text, language_model, override
 from bigjax.lora import LoRA
 from bigjax.models import gpt
 from bigjax.nn.moe import Routing
 from bigjax.nn.stack import Remat
 from bigjax.optimizers import Optim
 from bigjax.pretrained import gpt2 as kept
+from bigjax.recipes.language import Text, language_model, override
 
 
 def experiment(

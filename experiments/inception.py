@@ -26,7 +26,7 @@ from bigjax.experiment import Experiment, Run
 from bigjax.models import inception
 from bigjax.optimizers import Optim
 from bigjax.pretrained import inception as kept
-from bigjax.vision import Images, image_classification
+from bigjax.recipes.vision import Images, image_classification
 
 
 def experiment(

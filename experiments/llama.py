@@ -21,7 +21,6 @@ from typing import Literal
 import jax.numpy as jnp
 
 from bigjax.experiment import Experiment, Run, Sample
-from bigjax.language import Text, language_model, override
 from bigjax.lora import LoRA
 from bigjax.models import llama
 from bigjax.nn.moe import Routing
@@ -29,6 +28,7 @@ from bigjax.nn.rotary import RotaryScaling
 from bigjax.nn.stack import Remat
 from bigjax.optimizers import Optim
 from bigjax.pretrained import llama as kept
+from bigjax.recipes.language import Text, language_model, override
 
 
 def experiment(

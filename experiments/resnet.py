@@ -21,7 +21,7 @@ from bigjax.experiment import Experiment, Run
 from bigjax.models import resnet
 from bigjax.optimizers import Optim
 from bigjax.pretrained import resnet as kept
-from bigjax.vision import Images, image_classification
+from bigjax.recipes.vision import Images, image_classification
 
 
 def experiment(

@@ -17,8 +17,8 @@ import jax.numpy as jnp
 from bigjax.experiment import Experiment, Run
 from bigjax.models import rnn_seq2seq
 from bigjax.optimizers import Optim
+from bigjax.recipes.text_to_text import TextPairs, text_to_text
 from bigjax.run import Search
-from bigjax.translate import TextPairs, text_to_text
 
 
 def experiment(

@@ -23,8 +23,8 @@ from bigjax.nn.stack import Remat
 from bigjax.optimizers import Optim
 from bigjax.pretrained import marian
 from bigjax.pretrained.files import open_weights
+from bigjax.recipes.text_to_text import TextPairs, text_to_text
 from bigjax.run import Search
-from bigjax.translate import TextPairs, text_to_text
 
 
 def experiment(

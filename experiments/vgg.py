@@ -25,7 +25,7 @@ from bigjax.experiment import Experiment, Run
 from bigjax.models import vgg
 from bigjax.optimizers import Optim
 from bigjax.pretrained import vgg as kept
-from bigjax.vision import Images, image_classification
+from bigjax.recipes.vision import Images, image_classification
 
 
 def experiment(
@@ -52,7 +52,12 @@ def experiment(
     """
     data = images.open(run.data_dir)
     size, channels = data.image_shape[:2], data.image_shape[2]
-    shape: dict[str, Any] = {'depth': depth, 'width': width, 'hidden': hidden, 'small_stem': max(size) <= 64}
+    shape: dict[str, Any] = {
+        'depth': depth,
+        'width': width,
+        'hidden': hidden,
+        'small_stem': max(size) <= 64,
+    }
     model = vgg.VGG(
         classes=data.num_classes,
         batch_norm=batch_norm,

@@ -3,8 +3,9 @@
 Dosovitskiy et al. 2020, "An image is worth 16×16 words" (arXiv:2010.11929).
 
     python launch.py --experiment=vit
-    python launch.py --experiment=vit --dataset=idx:DIR --variant=Ti/4 --width=96 --depth=6 --heads=4
-        --batch=128 --steps=6000 --warmup=500 --eval_every=1500 --eval_batch=500 --flip --ema=0.999
+    python launch.py --experiment=vit --dataset=idx:DIR --variant=Ti/4 --width=96 --depth=6
+        --heads=4 --batch=128 --steps=6000 --warmup=500 --eval_every=1500 --eval_batch=500 --flip
+        --ema=0.999
 
 Full size (S/16 has 22,050,664 parameters, B/16 86,567,656), the recipe of Beyer et al. 2022,
 "Better plain ViT baselines for ImageNet-1k" (arXiv:2205.01580), where 90 epochs give S/16 76.5 %
@@ -26,7 +27,7 @@ from bigjax.models import vit
 from bigjax.nn.stack import Remat
 from bigjax.optimizers import Optim
 from bigjax.pretrained import vit as kept
-from bigjax.vision import Images, image_classification
+from bigjax.recipes.vision import Images, image_classification
 
 
 def experiment(
@@ -65,7 +66,13 @@ def experiment(
     """
     data = images.open(run.data_dir)
     size, channels = data.image_shape[:2], data.image_shape[2]
-    shape: dict[str, Any] = {'variant': variant, 'depth': depth, 'heads': heads, 'width': width, 'pool': pool}
+    shape: dict[str, Any] = {
+        'variant': variant,
+        'depth': depth,
+        'heads': heads,
+        'width': width,
+        'pool': pool,
+    }
     model = vit.ViT(
         classes=data.num_classes,
         positions=positions,

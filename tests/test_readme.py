@@ -32,7 +32,17 @@ def test_each_command_is_one_line_that_ci_finds(which):
 
 def test_the_tree_names_every_file():
     tree = re.search(r'## The tree.*?```\n(.*?)```', README, re.DOTALL)[1]
-    folders = ('bigjax', 'bigjax/data', 'bigjax/models', 'bigjax/nn', 'bigjax/tasks', 'experiments')
+    folders = (
+        'bigjax',
+        'bigjax/data',
+        'bigjax/models',
+        'bigjax/nn',
+        'bigjax/pretrained',
+        'bigjax/recipes',
+        'bigjax/scores',
+        'bigjax/tasks',
+        'experiments',
+    )
     files = [f for folder in folders for f in (ROOT / folder).glob('[a-z]*.py')]
     missing = [str(f.relative_to(ROOT)) for f in files if f.name not in tree]
     assert not missing

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 
-from bigjax.answers import answer_scores
 from bigjax.data.card import Card, MappedArray, load_json, prepared, save_json
 from bigjax.data.passages import masked_tokenizer
 from bigjax.data.pipeline import Examples
@@ -20,6 +19,7 @@ from bigjax.data.squad import Asked, open_asked
 from bigjax.data.subwords import SubwordTokenizer, Template
 from bigjax.data.tokenizers import make_tokenizer, tokenizer_name
 from bigjax.experiment import UsageError
+from bigjax.scores.answers import answer_scores
 
 # What is reported of the answers.
 SCORE_NAMES = ('exact_match', 'f1')

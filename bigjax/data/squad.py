@@ -6,11 +6,11 @@ import json
 import os
 from collections.abc import Callable
 
-from bigjax.answers import normalized
 from bigjax.data.card import Card
 from bigjax.data.corpora import fingerprint, stdlib_files
 from bigjax.data.labelled_words import read_text
 from bigjax.experiment import UsageError
+from bigjax.scores.answers import normalized
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,8 +15,8 @@ from bigjax.data.pipeline import Examples
 from bigjax.data.ragged import Ragged, read_ragged, write_ragged
 from bigjax.data.subwords import SubwordTokenizer, Template
 from bigjax.data.tokenizers import make_tokenizer, tokenizer_name
-from bigjax.entities import entity_scores, entity_types, score_names
 from bigjax.experiment import UsageError
+from bigjax.scores.entities import entity_scores, entity_types, score_names
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,16 +8,16 @@ import numpy as np
 import pytest
 from seeing import widened
 
-from bigjax import text_scores
 from bigjax.evaluate import Evaluator
 from bigjax.experiment import Run, UsageError
 from bigjax.models import rnn_seq2seq
 from bigjax.optimizers import Optim
 from bigjax.predict import Predictor
+from bigjax.recipes.text_to_text import TextPairs, text_to_text
 from bigjax.run import Search
+from bigjax.scores import ngrams
 from bigjax.state import make_init, setup
 from bigjax.tasks.translation import make_search, translation
-from bigjax.translate import TextPairs, text_to_text
 
 V, BEGIN, END, LENGTH = 12, 10, 11, 5
 MODEL = rnn_seq2seq.RecurrentSeq2Seq(vocab_size=V, embed=6, width=8, dropout=0.5)
@@ -103,13 +103,13 @@ def experiment_on(path, **knobs):
 @pytest.mark.parametrize('score', ['bleu', 'rouge'])
 def test_ragged_data_is_scored_as_one(tmp_path, monkeypatch, score):
     name = {'rouge': 'rouge', 'bleu': 'bleu_and_chrf'}[score]
-    rate, rated = getattr(text_scores, name), []
+    rate, rated = getattr(ngrams, name), []
 
     def note(texts, references, **options):
         rated.append((texts, references))
         return rate(texts, references, **options)
 
-    monkeypatch.setattr(text_scores, name, note)
+    monkeypatch.setattr(ngrams, name, note)
     path = tmp_path / 'a.csv'
     rows = [f'text {i},a b {i} d and what is too long' for i in range(110)]
     path.write_text('\n'.join(['source,target', *rows]))

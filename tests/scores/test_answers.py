@@ -2,7 +2,7 @@
 
 import pytest
 
-from bigjax.answers import answer_scores, exact_match, normalized, overlap_f1
+from bigjax.scores.answers import answer_scores, exact_match, normalized, overlap_f1
 
 
 @pytest.mark.parametrize(

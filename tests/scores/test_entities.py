@@ -2,7 +2,7 @@
 
 import pytest
 
-from bigjax.entities import entities, entity_scores, entity_types, score_names
+from bigjax.scores.entities import entities, entity_scores, entity_types, score_names
 
 
 @pytest.mark.parametrize(

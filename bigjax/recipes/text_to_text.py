@@ -9,7 +9,6 @@ import numpy as np
 from flax import linen as nn
 from jax.sharding import NamedSharding, PartitionSpec
 
-from bigjax import text_scores
 from bigjax.data.parallel import ParallelData, open_parallel
 from bigjax.data.pipeline import Examples
 from bigjax.experiment import Data, Experiment
@@ -17,6 +16,7 @@ from bigjax.optimizers import Optim, make_optimizer
 from bigjax.predict import Predicted
 from bigjax.pretrained.pretrained import Pretrained
 from bigjax.run import Run, Search, UsageError
+from bigjax.scores import ngrams
 from bigjax.sharding import Rule
 from bigjax.tasks.translation import make_search, translation
 
@@ -48,7 +48,7 @@ class TextPairs:
     vocab: int = 3000
     seq: int = 32
     score: Literal['bleu', 'rouge'] = 'bleu'
-    bleu_tokenizer: text_scores.BleuTokenizer = 'auto'
+    bleu_tokenizer: ngrams.BleuTokenizer = 'auto'
     label_smoothing: float = 0.1
 
     FREE: ClassVar[tuple[str, ...]] = ('score', 'bleu_tokenizer')
@@ -80,12 +80,12 @@ class TextPairs:
     def rate(self, texts: list[str], references: list[str]) -> dict[str, float]:
         """Returns the scores of a set, in percent."""
         if self.score == 'rouge':
-            return text_scores.rouge(texts, references)
+            return ngrams.rouge(texts, references)
         kind, _, language = self.dataset.partition(':')
         tokenize: str = self.bleu_tokenizer
         if tokenize == 'auto':
-            tokenize = text_scores.bleu_tokenizer(language if kind == 'catalogues' else '')
-        return text_scores.bleu_and_chrf(texts, references, tokenize=tokenize)
+            tokenize = ngrams.bleu_tokenizer(language if kind == 'catalogues' else '')
+        return ngrams.bleu_and_chrf(texts, references, tokenize=tokenize)
 
 
 def text_to_text(

@@ -14,7 +14,7 @@ from bigjax.data.pipeline import train_batches
 from bigjax.experiment import Run, UsageError
 from bigjax.metrics import read_metrics
 from bigjax.optimizers import Optim
-from bigjax.vision import Images, image_classification
+from bigjax.recipes.vision import Images, image_classification
 
 EVERYTHING = {
     'image_size': 12,

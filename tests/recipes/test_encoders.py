@@ -11,9 +11,9 @@ import pytest
 from bigjax import experiment as experiments
 from bigjax import identity as identities
 from bigjax import train
-from bigjax.encoders import encoder_shape
 from bigjax.experiment import UsageError
 from bigjax.models import bert
+from bigjax.recipes.encoders import encoder_shape
 
 SMALL = {'depth': 1, 'width': 8, 'heads': 2, 'hidden': 8, 'seq': 32, 'vocab': 200}
 SHORT = {'steps': 1, 'batch': 8, 'warmup': 0, 'eval_batch': 16}
@@ -89,7 +89,7 @@ def test_weights_tell_the_architecture(tmp_path, monkeypatch):
         'type_vocab_size': 1, 'layer_norm_eps': 1e-6,
     }  # fmt: skip
     monkeypatch.setattr(
-        'bigjax.encoders.open_weights', lambda path: type('W', (), {'config': config})
+        'bigjax.recipes.encoders.open_weights', lambda path: type('W', (), {'config': config})
     )
     shape = encoder_shape(bert.ROBERTA, 'base', 'somewhere', depth=2, width=0)
     assert shape == {

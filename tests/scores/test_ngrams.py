@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bigjax.text_scores import bleu_and_chrf, bleu_tokenizer, rouge, words
+from bigjax.scores.ngrams import bleu_and_chrf, bleu_tokenizer, rouge, words
 
 quick = settings(max_examples=40, deadline=None)
 texts = st.lists(st.sampled_from(['the', 'cat', 'sat', 'on', 'a', 'mat']), max_size=7).map(' '.join)

@@ -46,7 +46,7 @@ class Data:
 
     def describe(self) -> dict[str, Any]:
         """Returns the card as a JSON-able object."""
-        return dataclasses.asdict(self.card)
+        return dataclasses.asdict(self.card) | {'notes': list(self.card.notes)}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -121,7 +121,7 @@ MISTAKES = {
     'wrong action': (
         ('--experiment=cnn', '--action=trian'),
         'launch.py: flag --action=trian: value should be one of '
-        '<train|evaluate|generate|describe>\n' + SEE.format('cnn'),
+        '<train|evaluate|generate|describe|import|export>\n' + SEE.format('cnn'),
     ),
     'unknown experiment': (
         ('--experiment=gpt_stlib',),

@@ -153,11 +153,6 @@ def evaluation_params(params: optax.Params, opt_state: optax.OptState) -> optax.
     return params
 
 
-def skipped_updates(opt_state: optax.OptState) -> jax.typing.ArrayLike:
-    """How many updates nonfinite='skip' has left out so far, int32; 0 where it is off."""
-    return opt_state.total_notfinite if isinstance(opt_state, optax.ApplyIfFiniteState) else 0
-
-
 def _direction(optim: Optim, muon_rules: tuple) -> optax.GradientTransformation:
     """The optimizer's own rule: from gradient to direction, before decay and learning rate."""
     match optim.optimizer:

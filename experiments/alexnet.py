@@ -5,7 +5,7 @@ single-tower form of Krizhevsky 2014 (arXiv:1404.5997).
 
     python launch.py --experiment=alexnet
     python launch.py --experiment=alexnet --dataset=idx:DIR --width=32 --hidden=256 --batch=128
-        --steps=6000 --eval_every=1500 --eval_batch=500 --flip --ema=0.999
+        --steps=3800 --eval_every=950 --eval_batch=500 --flip --ema=0.999
 
 Full size, 61,100,840 parameters, the recipe of torchvision (90 epochs, where the rate is divided by
 ten every 30; its weights have 56.522 % top-1, pytorch.org/vision/stable/models):
@@ -14,6 +14,8 @@ ten every 30; its weights have 56.522 % top-1, pytorch.org/vision/stable/models)
         --hidden=0 --normalize=imagenet --crop=0.08 --flip --shift=0 --eval_crop=0.875
         --label_smoothing=0 --optimizer=sgd --peak_lr=0.01 --warmup=0 --weight_decay=0 --l2=1e-4
         --ema=0 --batch=256 --steps=450400 --eval_every=5004 --save_every=5004
+
+Measured on two CPU cores, one seed: digits 98.6 % in 41 s.
 """
 
 from typing import Any

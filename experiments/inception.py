@@ -4,8 +4,8 @@ Szegedy et al. 2014, "Going deeper with convolutions" (arXiv:1409.4842), and 201
 Inception architecture for computer vision" (arXiv:1512.00567).
 
     python launch.py --experiment=inception
-    python launch.py --experiment=inception --dataset=idx:DIR --width=16 --batch=128
-        --steps=3000 --eval_every=1000 --eval_batch=500 --flip --ema=0.999
+    python launch.py --experiment=inception --dataset=idx:DIR --width=8 --batch=128
+        --steps=2600 --eval_every=1300 --eval_batch=500 --flip --ema=0.999
 
 Full size, 27,161,264 parameters with the auxiliary head. torchvision's weights, which are those of
 Google, have 77.294 % top-1 (pytorch.org/vision/stable/models; version 1, at 224 pixels, 6,624,904
@@ -16,6 +16,8 @@ with a rate that falls by 6 % every two epochs; here it is momentum and a cosine
         --image_size=299 --width=0 --normalize=half --crop=0.08 --flip --shift=0 --eval_crop=0.875
         --label_smoothing=0.1 --clip=2 --peak_lr=0.4 --warmup=6256 --l2=4e-5 --batch=1024
         --steps=125100 --eval_every=1251 --save_every=1251
+
+Measured on two CPU cores, one seed: digits, version 1 98.1 % in 1:56.
 """
 
 from typing import Any

@@ -4,17 +4,19 @@ Simonyan and Zisserman 2014, "Very deep convolutional networks for large-scale i
 (arXiv:1409.1556).
 
     python launch.py --experiment=vgg
-    python launch.py --experiment=vgg --dataset=idx:DIR --depth=16 --width=24 --hidden=128
-        --batch=128 --steps=4500 --eval_every=1500 --eval_batch=500 --flip --ema=0.999
+    python launch.py --experiment=vgg --dataset=idx:DIR --width=32 --batch=128 --steps=5000
+        --eval_every=1250 --eval_batch=500 --flip --ema=0.999
 
 Full size, 138,357,544 parameters, the recipe of torchvision (90 epochs, where the rate is divided
 by ten every 30; its weights have 71.592 % top-1, and with --batch_norm --peak_lr=0.1 73.360 %,
 pytorch.org/vision/stable/models):
 
     python launch.py --experiment=vgg --dataset=tfds:imagenet2012 --image_size=224 --depth=16
-        --width=0 --hidden=0 --nobatch_norm --normalize=imagenet --crop=0.08 --flip --shift=0
-        --eval_crop=0.875 --label_smoothing=0 --peak_lr=0.01 --warmup=0 --l2=1e-4 --batch=256
-        --steps=450400 --eval_every=5004 --save_every=5004
+        --width=0 --hidden=0 --dropout=0.5 --nobatch_norm --normalize=imagenet --crop=0.08 --flip
+        --shift=0 --eval_crop=0.875 --label_smoothing=0 --peak_lr=0.01 --warmup=0 --l2=1e-4
+        --batch=256 --steps=450400 --eval_every=5004 --save_every=5004
+
+Measured on two CPU cores, one seed: digits 99.2 % in 32 s.
 """
 
 from typing import Any
@@ -34,10 +36,10 @@ def experiment(
     batch_norm: bool = True,
     width: int = 16,
     hidden: int = 128,
-    dropout: float = 0.5,
+    dropout: float = 0.3,
     pretrained: str = '',
     images: Images = Images(shift=1),
-    run: Run = Run(steps=600, batch=64, eval_every=200, monitor='test/accuracy'),
+    run: Run = Run(steps=1000, batch=64, eval_every=500, monitor='test/accuracy'),
     optim: Optim = Optim(optimizer='sgd', peak_lr=0.1, warmup=50, end_lr=0.0, l2=5e-4),
 ) -> Experiment:
     """Builds the run.

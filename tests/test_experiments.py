@@ -27,8 +27,9 @@ PUBLISHED = [
     ('inception', {'version': 1, 'width': 0, 'auxiliary': 0.0}, 6_624_904),
     ('inception', {'version': 3, 'width': 0, 'image_size': 299}, 27_161_264),
     ('resnet', {'depth': 50}, 25_557_032),
-    ('vit', {'variant': 'B/16', 'depth': 0, 'heads': 0, 'width': 0}, 86_567_656),
-]
+    ('vit', {'variant': 'B/16', 'depth': 0, 'heads': 0, 'width': 0, 'pool': 'token',
+             'positions': 'learned'}, 86_567_656),
+]  # fmt: skip
 
 
 def cut(name, monkeypatch):

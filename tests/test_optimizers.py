@@ -17,7 +17,6 @@ from bigjax.optimizers import (
     evaluation_params,
     make_optimizer,
     make_schedule,
-    skipped_updates,
 )
 from bigjax.transforms import decay_mask, muon_dimensions, parameter_path
 
@@ -287,12 +286,12 @@ def test_skip_leaves_everything_as_it_was():
         updates, state = update(bad, state, good)
         jax.tree.map(np.testing.assert_array_equal, optax.apply_updates(good, updates), good)
         jax.tree.map(np.testing.assert_array_equal, state.inner_state, kept)
-    assert skipped_updates(state) == 8
+    assert state.total_notfinite == 8
     updates, state = update(params, state, good)
     assert optax.tree.norm(updates) > 0
 
 
-@pytest.mark.parametrize('optimizer', set(OPTIMIZERS) - {'adafactor'})
+@pytest.mark.parametrize('optimizer', sorted(set(OPTIMIZERS) - {'adafactor'}))
 def test_state_leaves_end_in_their_parameters_path(optimizer):
     params = small_params()
     optim = plain(optimizer=optimizer, momentum=0.9, ema=0.9, nonfinite='skip', clip=1.0)

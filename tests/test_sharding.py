@@ -133,7 +133,7 @@ def test_an_unknown_logical_axis_is_named(axes):
         spec('scale', (4,), ((r'scale$', axes),))
     assert str(error.value) == (
         f"sharding rule 'scale$' gives {axes!r}; it must be a tuple of embed, heads, mlp, vocab, "
-        f"channels and None, or 'largest'"
+        f"channels, experts and None, or 'largest'"
     )
 
 

@@ -1,12 +1,10 @@
 """Checkpoints: bit for bit onto any mesh, strict, and never a torn one."""
 
-import gc
 import resource
 import signal
 import subprocess
 import sys
 import time
-import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -234,15 +232,6 @@ def test_a_save_torn_by_sigkill_leaves_the_one_before(tmp_path):
     save(checkpoints, 2, state=state)
     assert checkpoints.steps() == [2]
     checkpoints.close()
-
-
-@pytest.fixture(autouse=True)
-def collected():
-    """Orbax leaves coroutines unawaited where a save fails: no later test is to find them."""
-    yield
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore', RuntimeWarning)
-        gc.collect()
 
 
 SMALL = {'x': np.zeros(4, np.float32)}

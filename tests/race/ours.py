@@ -26,7 +26,9 @@ def main(name: str, path: str) -> None:
     """Compiles the case's step and serves it."""
     launch.prepare_process()
     case = CASES[name]
-    run = experiment.load(case['experiment'], **{'steps': 1000, 'eval_every': 0, **case['knobs']})
+    run = experiment.load(
+        case['experiment'], **{'steps': 1000, 'warmup': 0, 'eval_every': 0, **case['knobs']}
+    )
     plan = setup(run)
     batches = pipeline.train_batches(
         run.data.train, batch=run.run.batch, seed=0, augment=run.augment

@@ -13,10 +13,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from bigjax.experiment import UsageError
 from bigjax.nn.activations import gelu_erf
-from bigjax.nn.attention import Implementation, attention
-from bigjax.nn.linear import Dense
+from bigjax.nn.attention import Implementation, attention, check_heads, split_projections
+from bigjax.nn.linear import Dense, embedding_logits
 from bigjax.nn.norm import LayerNorm
 from bigjax.nn.stack import Remat, stack, stacked_rules
 
@@ -114,8 +113,7 @@ class SelfAttention(nn.Module):
     def __call__(self, x_BTC: jax.Array, mask_B11T: jax.Array) -> jax.Array:
         C, H = x_BTC.shape[-1], self.heads
         qkv = Dense((H, 3, C // H), kernel_init=INIT, dtype=self.dtype, name='qkv')(x_BTC)
-        # Not qkv[:, :, :, i], whose gradient is a sum of zero-padded arrays; this one's is a join.
-        q_BTHD, k_BTHD, v_BTHD = (x.squeeze(3) for x in jnp.split(qkv, 3, axis=3))
+        q_BTHD, k_BTHD, v_BTHD = split_projections(qkv)
         o_BTHD = attention(q_BTHD, k_BTHD, v_BTHD, causal=False, mask=mask_B11T, impl=self.impl)
         return Dense(C, in_dims=2, kernel_init=INIT, dtype=self.dtype, name='out')(o_BTHD)
 
@@ -182,12 +180,7 @@ class BERT(nn.Module):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.heads < 1 or self.width % self.heads:
-            good = max((h for h in range(1, self.heads) if self.width % h == 0), default=1)
-            raise UsageError(
-                f'--heads={self.heads}: width {self.width} must be a multiple of heads; '
-                f'try --heads={good}'
-            )
+        check_heads(self.heads, self.width)
 
     def setup(self) -> None:
         rows = self.positions + self.first_position
@@ -232,13 +225,7 @@ class BERT(nn.Module):
 
     def attend(self, x_BPC: jax.Array) -> jax.Array:
         """Returns float32 logits [B, P, V]: products of vectors with the tokens' embeddings."""
-        logits_NV = jax.lax.dot_general(
-            x_BPC.reshape(-1, self.width).astype(self.dtype),
-            self.embedding.astype(self.dtype),
-            (((1,), (1,)), ((), ())),
-            preferred_element_type=jnp.float32,
-        )
-        return logits_NV.reshape(*x_BPC.shape[:-1], self.vocab_size)
+        return embedding_logits(x_BPC.astype(self.dtype), self.embedding)
 
 
 def token_types(tokens_BT: jax.Array, separator: int | None) -> jax.Array:

@@ -1,17 +1,24 @@
 """What decoder-only language models share: the key-value cache, and the way into and out of them.
 
 Legend: B batch, T positions of the input, S positions of the cache, C width, H query heads,
-K key-value heads, D size of a head, V vocabulary, N = B * T, L layers.
+K key-value heads, D size of a head, V vocabulary, L layers.
 """
 
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from bigjax.nn.attention import Implementation, attention, cached_attention
-
-KeyValue = tuple[jax.Array, jax.Array]
+from bigjax.nn.attention import (
+    Implementation,
+    KeyValue,
+    attention,
+    cached_attention,
+    empty_layers,
+)
+from bigjax.nn.moe import DENSE, Routing
+from bigjax.nn.stack import Remat
 
 
 class Cache(NamedTuple):
@@ -29,17 +36,78 @@ class Cache(NamedTuple):
     length_B: jax.Array
 
 
-def empty_cache(
-    batch: int, length: int, *, depth: int, kv_heads: int, head_size: int, dtype: Any, scan: bool
-) -> Cache:
-    """Returns a cache for `batch` rows of `length` positions that holds none yet."""
-    shape = (batch, length, kv_heads, head_size)
-    layers: tuple[KeyValue, ...] | KeyValue
-    if scan:
-        layers = jnp.zeros((depth, *shape), dtype), jnp.zeros((depth, *shape), dtype)
-    else:
-        layers = tuple((jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(depth))
-    return Cache(layers, jnp.zeros(batch, jnp.int32))
+class DecoderLM(nn.Module):
+    """A decoder-only language model without its layers: what calls them, with a cache or without.
+
+    A family inherits the fields, adds its own, and says in `_run` what it computes.
+
+    Attributes:
+      vocab_size: number of tokens.
+      context_length: positions that the model can see, and a cache holds.
+      depth: number of layers.
+      heads: number of query heads; divides the width.
+      width: width of the residual stream.
+      dtype: type of the computation, float32 or bfloat16.
+      attention_impl: implementation of attention; None chooses.
+      scan: whether the layers are one scanned block, see `bigjax.nn.stack`.
+      remat: what of each block is computed again for the gradient, likewise.
+      routing: mixture of experts in each block, if any.
+    """
+
+    vocab_size: int
+    context_length: int
+    depth: int = 12
+    heads: int = 12
+    width: int = 768
+    dtype: Any = jnp.float32
+    attention_impl: Implementation | None = None
+    scan: bool = False
+    remat: Remat = 'none'
+    routing: Routing = DENSE
+
+    def __call__(self, tokens_BT: jax.Array, *, train: bool = False) -> jax.Array:
+        """Returns float32 logits [B, T, V] for int32 tokens [B, T].
+
+        Needs the rng 'dropout' where `train` and a dropout above zero.
+
+        Raises:
+          ValueError: more positions than `context_length`.
+        """
+        if tokens_BT.shape[1] > self.context_length:
+            raise ValueError(
+                f'{tokens_BT.shape[1]} positions: the model sees {self.context_length}'
+            )
+        return self._run(tokens_BT, None, train)[0]
+
+    def decode(self, tokens_BT: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+        """Returns the logits [B, T, V] of tokens that follow those in the cache, and the new cache.
+
+        Used as `model.apply(variables, tokens, cache, method='decode')`. The cache must have room
+        for T more positions; this is not checked, as its length is known only when it runs.
+        """
+        logits_BTV, layers = self._run(tokens_BT, cache, False)
+        return logits_BTV, Cache(layers, cache.length_B + tokens_BT.shape[1])
+
+    def init_cache(self, batch: int, length: int | None = None) -> Cache:
+        """Returns an empty cache for `batch` rows of `length` positions (None: all the model sees).
+
+        A pure function of the configuration: call it on the module, without `apply`.
+        """
+        length = length or self.context_length
+        if length > self.context_length:
+            raise ValueError(f'{length} positions: the model sees {self.context_length}')
+        shape = (batch, length, self._kv_heads, self.width // self.heads)
+        layers = empty_layers(shape, self.dtype, depth=self.depth, scan=self.scan)
+        return Cache(layers, jnp.zeros(batch, jnp.int32))
+
+    @property
+    def _kv_heads(self) -> int:
+        """K, of every layer."""
+        return self.heads
+
+    def _run(self, tokens_BT: jax.Array, cache: Cache | None, train: bool) -> tuple[jax.Array, Any]:
+        """Returns the logits, and the layers of the cache; a compact method."""
+        raise NotImplementedError
 
 
 def positions(tokens_BT: jax.Array, cache: Cache | None) -> jax.Array:
@@ -79,15 +147,3 @@ def _write(cache_BSKD: jax.Array, new_BTKD: jax.Array, start_B: jax.Array) -> ja
 def embed(embedding_VC: jax.Array, tokens_BT: jax.Array, dtype: Any) -> jax.Array:
     """Returns the rows [B, T, C] of tokens in the type of the computation."""
     return jnp.take(embedding_VC, tokens_BT, axis=0).astype(dtype)
-
-
-def logits(x_BTC: jax.Array, embedding_VC: jax.Array) -> jax.Array:
-    """Returns float32 logits [B, T, V]: products with the rows of an output embedding."""
-    x_NC = x_BTC.reshape(-1, x_BTC.shape[-1])
-    logits_NV = jax.lax.dot_general(
-        x_NC,
-        embedding_VC.astype(x_NC.dtype),
-        (((1,), (1,)), ((), ())),
-        preferred_element_type=jnp.float32,
-    )
-    return logits_NV.reshape(*x_BTC.shape[:-1], embedding_VC.shape[0])

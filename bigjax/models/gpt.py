@@ -9,16 +9,14 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 
-from bigjax.experiment import UsageError
-from bigjax.models.decoder import Cache, KeyValue, attend, embed, empty_cache, logits, positions
+from bigjax.models.decoder import Cache, DecoderLM, attend, embed, positions
 from bigjax.nn.activations import gelu
-from bigjax.nn.attention import Implementation
-from bigjax.nn.linear import Dense
+from bigjax.nn.attention import Implementation, KeyValue, check_heads, split_projections
+from bigjax.nn.linear import Dense, embedding_logits
 from bigjax.nn.moe import DENSE, MoE, Routing
 from bigjax.nn.norm import LayerNorm
-from bigjax.nn.stack import Remat, stack, stacked_rules
+from bigjax.nn.stack import stack, stacked_rules
 
 # GPT-2's published variants; all have 1,024 positions and 50,257 tokens.
 GPT2_SIZES = {
@@ -89,8 +87,7 @@ class Attention(nn.Module):
         options = {'use_bias': self.bias, 'dtype': self.dtype}
         init = nn.initializers.normal(0.02)
         qkv = Dense((H, 3, C // H), kernel_init=init, name='qkv', **options)(x_BTC)
-        # Not qkv[:, :, :, i], whose gradient is a sum of zero-padded arrays; this one's is a join.
-        q_BTHD, k_BTHD, v_BTHD = (x.squeeze(3) for x in jnp.split(qkv, 3, axis=3))
+        q_BTHD, k_BTHD, v_BTHD = split_projections(qkv)
         o_BTHD, kv = attend(q_BTHD, k_BTHD, v_BTHD, kv, start_B, self.impl)
         out = Dense(C, in_dims=2, kernel_init=self.out_init, name='out', **options)
         return out(o_BTHD), kv
@@ -156,85 +153,24 @@ class Block(nn.Module):
         return x_BTC, kv
 
 
-class GPT(nn.Module):
+class GPT(DecoderLM):
     """Decoder-only transformer language model (Radford et al. 2019): tokens in, logits out.
 
     Parameters are float32; so are logits, softmax and the statistics of the norms, whatever
     `dtype`. The output layer is the embedding, transposed. Initialized as GPT-2: normal with
     deviation 0.02, divided by sqrt(2 * depth) where a layer writes to the residual stream.
 
-    Attributes:
-      vocab_size: number of tokens.
-      context_length: number of positions the model can see.
-      depth: number of layers.
-      heads: number of attention heads; divides the width.
-      width: width of the residual stream.
+    Attributes, beside those of `DecoderLM`:
       bias: whether dense layers and norms have biases.
       dropout: share of embeddings and residual branches set to zero in training.
-      dtype: type of the computation, float32 or bfloat16.
-      attention_impl: implementation of attention; None chooses.
-      scan: whether the layers are one scanned block, see `bigjax.nn.stack`.
-      remat: what of each block is computed again for the gradient, likewise.
-      routing: mixture of experts in each block, if any.
     """
 
-    vocab_size: int
-    context_length: int
-    depth: int = 12
-    heads: int = 12
-    width: int = 768
     bias: bool = False
     dropout: float = 0.0
-    dtype: Any = jnp.float32
-    attention_impl: Implementation | None = None
-    scan: bool = False
-    remat: Remat = 'none'
-    routing: Routing = DENSE
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.heads < 1 or self.width % self.heads:
-            good = max((h for h in range(1, self.heads) if self.width % h == 0), default=1)
-            raise UsageError(
-                f'--heads={self.heads}: width {self.width} must be a multiple of heads; '
-                f'try --heads={good}'
-            )
-
-    def __call__(self, tokens_BT: jax.Array, *, train: bool = False) -> jax.Array:
-        """Returns float32 logits [B, T, V] for int32 tokens [B, T].
-
-        Needs the rng 'dropout' where `train` and a dropout above zero.
-
-        Raises:
-          ValueError: more positions than `context_length`.
-        """
-        if tokens_BT.shape[1] > self.context_length:
-            raise ValueError(
-                f'{tokens_BT.shape[1]} positions: the model sees {self.context_length}'
-            )
-        return self._run(tokens_BT, None, train)[0]
-
-    def decode(self, tokens_BT: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
-        """Returns the logits [B, T, V] of tokens that follow those in the cache, and the new cache.
-
-        Used as `model.apply(variables, tokens, cache, method='decode')`. The cache must have room
-        for T more positions; this is not checked, as its length is known only when it runs.
-        """
-        logits_BTV, layers = self._run(tokens_BT, cache, False)
-        return logits_BTV, Cache(layers, cache.length_B + tokens_BT.shape[1])
-
-    def init_cache(self, batch: int, length: int | None = None) -> Cache:
-        """Returns an empty cache for `batch` rows of `length` positions (None: all the model sees).
-
-        A pure function of the configuration: call it on the module, without `apply`.
-        """
-        length = length or self.context_length
-        if length > self.context_length:
-            raise ValueError(f'{length} positions: the model sees {self.context_length}')
-        head = {'kv_heads': self.heads, 'head_size': self.width // self.heads}
-        return empty_cache(
-            batch, length, depth=self.depth, dtype=self.dtype, scan=self.scan, **head
-        )
+        check_heads(self.heads, self.width)
 
     @nn.compact
     def _run(self, tokens_BT: jax.Array, cache: Cache | None, train: bool) -> tuple[jax.Array, Any]:
@@ -257,7 +193,7 @@ class GPT(nn.Module):
             depth=self.depth, scan=self.scan, remat=self.remat, train=train,
         )  # fmt: skip
         x_BTC = LayerNorm(use_bias=self.bias, dtype=self.dtype, name='norm')(x_BTC)
-        return logits(x_BTC, embedding_VC), layers
+        return embedding_logits(x_BTC, embedding_VC), layers
 
 
 def forward_flops(

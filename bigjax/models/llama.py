@@ -9,16 +9,15 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 
 from bigjax.experiment import UsageError
-from bigjax.models.decoder import Cache, KeyValue, attend, embed, empty_cache, logits, positions
-from bigjax.nn.attention import Implementation
-from bigjax.nn.linear import Dense
+from bigjax.models.decoder import Cache, DecoderLM, attend, embed, positions
+from bigjax.nn.attention import Implementation, KeyValue, check_heads
+from bigjax.nn.linear import Dense, embedding_logits
 from bigjax.nn.moe import DENSE, MoE, Routing
 from bigjax.nn.norm import RMSNorm
 from bigjax.nn.rotary import RotaryScaling, frequencies, rotate, rotation
-from bigjax.nn.stack import Remat, stack, stacked_rules
+from bigjax.nn.stack import stack, stacked_rules
 
 # The published variants: Llama 3.2 (1B, 3B) and 3.1 (8B, 70B, 405B). All have 128,256 tokens, 8
 # key-value heads, a base of 500,000 and 131,072 positions, 8,192 of them before the scaling.
@@ -128,57 +127,34 @@ class Block(nn.Module):
         return x_BTC + MLP(self.hidden, self.dtype, name='mlp')(h_BTC), kv
 
 
-class Llama(nn.Module):
+class Llama(DecoderLM):
     """Decoder-only transformer language model (Grattafiori et al. 2024): tokens in, logits out.
 
     Parameters are float32; so are logits, softmax, rotations and the statistics of the norms,
     whatever `dtype`. Initialized normal with deviation 0.02.
 
-    Attributes:
-      vocab_size: number of tokens.
-      context_length: positions that a cache holds, and the model may see; none has parameters.
-      depth: number of layers.
-      heads: number of query heads; divides the width into heads of even size.
+    Attributes, beside those of `DecoderLM`, whose `heads` must be of even size here:
       kv_heads: number of key-value heads; divides `heads`.
-      width: width of the residual stream.
       hidden: width of the hidden MLP layer.
       tied: whether the output layer is the embedding, transposed.
       theta: base of the rotary frequencies.
       scaling: of the rotary frequencies, for a longer context.
       epsilon: added to the mean square in the norms.
-      dtype: type of the computation, float32 or bfloat16.
-      attention_impl: implementation of attention; None chooses.
-      scan: whether the layers are one scanned block, see `bigjax.nn.stack`.
-      remat: what of each block is computed again for the gradient, likewise.
-      routing: mixture of experts in each block, if any.
     """
 
-    vocab_size: int
-    context_length: int
     depth: int = 16
     heads: int = 32
-    kv_heads: int = 8
     width: int = 2048
+    kv_heads: int = 8
     hidden: int = 8192
     tied: bool = True
     theta: float = 500_000.0
     scaling: RotaryScaling | None = None
     epsilon: float = 1e-5
-    dtype: Any = jnp.float32
-    attention_impl: Implementation | None = None
-    scan: bool = False
-    remat: Remat = 'none'
-    routing: Routing = DENSE
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        fits = lambda h: self.width % (2 * h) == 0  # noqa: E731
-        if self.heads < 1 or not fits(self.heads):
-            good = max(filter(fits, range(1, max(2, self.heads))), default=1)
-            raise UsageError(
-                f'--heads={self.heads}: width {self.width} must be an even multiple of heads; '
-                f'try --heads={good}'
-            )
+        check_heads(self.heads, self.width, even=True)
         if self.kv_heads < 1 or self.heads % self.kv_heads:
             good = max(k for k in range(1, max(2, self.kv_heads)) if self.heads % k == 0)
             raise UsageError(
@@ -186,39 +162,9 @@ class Llama(nn.Module):
                 f'try --kv_heads={good}'
             )
 
-    def __call__(self, tokens_BT: jax.Array, *, train: bool = False) -> jax.Array:
-        """Returns float32 logits [B, T, V] for int32 tokens [B, T].
-
-        Raises:
-          ValueError: more positions than `context_length`.
-        """
-        if tokens_BT.shape[1] > self.context_length:
-            raise ValueError(
-                f'{tokens_BT.shape[1]} positions: the model sees {self.context_length}'
-            )
-        return self._run(tokens_BT, None, train)[0]
-
-    def decode(self, tokens_BT: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
-        """Returns the logits [B, T, V] of tokens that follow those in the cache, and the new cache.
-
-        Used as `model.apply(variables, tokens, cache, method='decode')`. The cache must have room
-        for T more positions; this is not checked, as its length is known only when it runs.
-        """
-        logits_BTV, layers = self._run(tokens_BT, cache, False)
-        return logits_BTV, Cache(layers, cache.length_B + tokens_BT.shape[1])
-
-    def init_cache(self, batch: int, length: int | None = None) -> Cache:
-        """Returns an empty cache for `batch` rows of `length` positions (None: all the model sees).
-
-        A pure function of the configuration: call it on the module, without `apply`.
-        """
-        length = length or self.context_length
-        if length > self.context_length:
-            raise ValueError(f'{length} positions: the model sees {self.context_length}')
-        head = {'kv_heads': self.kv_heads, 'head_size': self.width // self.heads}
-        return empty_cache(
-            batch, length, depth=self.depth, dtype=self.dtype, scan=self.scan, **head
-        )
+    @property
+    def _kv_heads(self) -> int:
+        return self.kv_heads
 
     @nn.compact
     def _run(self, tokens_BT: jax.Array, cache: Cache | None, train: bool) -> tuple[jax.Array, Any]:
@@ -237,7 +183,7 @@ class Llama(nn.Module):
             depth=self.depth, scan=self.scan, remat=self.remat, train=train,
         )  # fmt: skip
         x_BTC = RMSNorm(epsilon=self.epsilon, dtype=self.dtype, name='norm')(x_BTC)
-        return logits(x_BTC, output_VC), layers
+        return embedding_logits(x_BTC, output_VC), layers
 
 
 def forward_flops(

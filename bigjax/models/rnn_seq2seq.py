@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from bigjax.nn.additive import AttendingWeights, attending_gru, attending_gru_scan, gru_cell
 from bigjax.nn.gru import gru_scan
-from bigjax.nn.linear import Dense
+from bigjax.nn.linear import Dense, embedding_logits
 from bigjax.nn.recurrent import RecurrentStack
 
 # Bahdanau et al. 2015, appendix A.2.3: RNNsearch; and one for two CPU cores.
@@ -192,13 +192,7 @@ class RecurrentSeq2Seq(nn.Module):
     def _logits(self, h: jax.Array, context: jax.Array, y: jax.Array, train: bool) -> jax.Array:
         read = jnp.tanh(self.readout(jnp.concatenate([h, context, y], axis=-1)))
         read = self.drop(read, deterministic=not train)
-        logits_XV = jax.lax.dot_general(
-            read.reshape(-1, self.embed),
-            self.embedding.astype(self.dtype),
-            (((1,), (1,)), ((), ())),
-            preferred_element_type=jnp.float32,
-        )
-        return (logits_XV + self.bias_V[None]).reshape(*read.shape[:-1], self.vocab_size)
+        return embedding_logits(read, self.embedding, self.bias_V)
 
 
 def forward_flops(

@@ -13,7 +13,9 @@ import jax
 import jax.numpy as jnp
 
 from bigjax.experiment import UsageError
+from bigjax.nn.attention import check_heads, empty_layers
 from bigjax.nn.encoder_decoder import Activation, Block, Layers, Norm
+from bigjax.nn.linear import embedding_logits
 from bigjax.nn.stack import Remat, stacked_rules
 
 # Vaswani et al. 2017, table 3: base and big, of 6 + 6 layers; and one for two CPU cores.
@@ -91,12 +93,7 @@ class Transformer(nn.Module):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.heads < 1 or self.width % self.heads:
-            good = max((h for h in range(1, self.heads) if self.width % h == 0), default=1)
-            raise UsageError(
-                f'--heads={self.heads}: width {self.width} must be a multiple of heads; '
-                f'try --heads={good}'
-            )
+        check_heads(self.heads, self.width)
         if self.width % 2:
             raise UsageError(
                 f'--width={self.width}: must be even, half of it being sines and half cosines; '
@@ -152,9 +149,7 @@ class Transformer(nn.Module):
         del memory
         shape = (rows, length, self.heads, self.width // self.heads)
         depth = self.decoder_depth or self.depth
-        if self.scan:
-            return tuple(jnp.zeros((depth, *shape), self.dtype) for _ in range(2))
-        return tuple(tuple(jnp.zeros(shape, self.dtype) for _ in range(2)) for _ in range(depth))
+        return empty_layers(shape, self.dtype, depth=depth, scan=self.scan)
 
     @property
     def cache_axis(self) -> int:
@@ -190,15 +185,8 @@ class Transformer(nn.Module):
         return self.drop(x_NTC.astype(self.dtype), deterministic=not train)
 
     def _logits(self, y_NTC: jax.Array) -> jax.Array:
-        logits_XV = jax.lax.dot_general(
-            y_NTC.reshape(-1, self.width),
-            self.embedding.astype(self.dtype),
-            (((1,), (1,)), ((), ())),
-            preferred_element_type=jnp.float32,
-        )
-        if self.logits_bias:
-            logits_XV += self.bias_V[None]
-        return logits_XV.reshape(*y_NTC.shape[:-1], self.vocab_size)
+        bias_V = self.bias_V if self.logits_bias else None
+        return embedding_logits(y_NTC, self.embedding, bias_V)
 
 
 def sinusoids(position_T: jax.typing.ArrayLike, width: int) -> jax.Array:

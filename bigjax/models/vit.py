@@ -20,7 +20,7 @@ import numpy as np
 
 from bigjax.experiment import UsageError
 from bigjax.nn.activations import gelu_erf
-from bigjax.nn.attention import Implementation, attention
+from bigjax.nn.attention import Implementation, attention, check_heads, split_projections
 from bigjax.nn.linear import Dense
 from bigjax.nn.norm import LayerNorm
 from bigjax.nn.stack import Remat, stack, stacked_rules
@@ -75,8 +75,7 @@ class Attention(nn.Module):
     def __call__(self, x_BTC: jax.Array) -> jax.Array:
         C, H = x_BTC.shape[-1], self.heads
         qkv = Dense((H, 3, C // H), kernel_init=_qkv_init, dtype=self.dtype, name='qkv')(x_BTC)
-        # Not qkv[:, :, :, i], whose gradient is a sum of zero-padded arrays; this one's is a join.
-        q_BTHD, k_BTHD, v_BTHD = (x.squeeze(3) for x in jnp.split(qkv, 3, axis=3))
+        q_BTHD, k_BTHD, v_BTHD = split_projections(qkv)
         o_BTHD = attention(q_BTHD, k_BTHD, v_BTHD, causal=False, impl=self.impl)
         return Dense(C, in_dims=2, kernel_init=_xavier, dtype=self.dtype, name='out')(o_BTHD)
 
@@ -227,12 +226,7 @@ def size(variant: str, *, depth: int = 0, heads: int = 0, width: int = 0) -> tup
         )
     published = SIZES[match[1]]
     own = Size(depth or published.depth, heads or published.heads, width or published.width)
-    if own.width % own.heads:
-        good = max(h for h in range(1, own.heads) if own.width % h == 0)
-        raise UsageError(
-            f'--heads={own.heads}: width {own.width} must be a multiple of heads; '
-            f'try --heads={good}'
-        )
+    check_heads(own.heads, own.width)
     return own, int(match[2])
 
 

@@ -1,17 +1,20 @@
 """Attention: the one place it is called from, and the choice of implementation.
 
 Legend: B batch, T queries, S keys and values, H query heads, K key-value heads (K divides H),
-D size of a head, Q queries in a block, 1 a reduced dimension.
+D size of a head, Q queries in a block, L layers, N arrays, 1 a reduced dimension.
 """
 
 import functools
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
+from bigjax.experiment import UsageError
+
 Implementation = Literal['reference', 'xla', 'blocked']
+KeyValue = tuple[jax.Array, jax.Array]
 
 
 def attention(
@@ -96,6 +99,36 @@ def cached_attention(
     last_BT = start_B[:, None] + t_T[None]
     mask_B1TS = s_S[None, None, None] <= last_BT[:, None, :, None]
     return _batched(q_BTHD, k_BSKD, v_BSKD, mask_B1TS, scale)
+
+
+def empty_layers(
+    shape: tuple[int, int, int, int], dtype: Any, *, depth: int, scan: bool
+) -> tuple[KeyValue, ...] | KeyValue:
+    """Returns zeros for keys and values [B, S, K, D] of `depth` layers, to be decoded into.
+
+    As `bigjax.nn.stack.stack` takes them: unrolled, one pair a layer; scanned, one pair
+    [L, B, S, K, D].
+    """
+    if scan:
+        return jnp.zeros((depth, *shape), dtype), jnp.zeros((depth, *shape), dtype)
+    return tuple((jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(depth))
+
+
+def check_heads(heads: int, width: int, *, even: bool = False) -> None:
+    """Raises UsageError where `heads` do not divide `width`, into heads of `even` size if asked."""
+    fits = lambda h: width % (2 * h if even else h) == 0  # noqa: E731
+    if heads < 1 or not fits(heads):
+        good = max(filter(fits, range(1, heads)), default=1)
+        raise UsageError(
+            f'--heads={heads}: width {width} must be {"an even" if even else "a"} multiple of '
+            f'heads; try --heads={good}'
+        )
+
+
+def split_projections(x_BTHND: jax.Array) -> tuple[jax.Array, ...]:
+    """Returns the N parts [B, T, H, D] of queries, keys and values that one product made."""
+    # Not x[:, :, :, i], whose gradient is a sum of zero-padded arrays; this one's is a join.
+    return tuple(x.squeeze(3) for x in jnp.split(x_BTHND, x_BTHND.shape[3], axis=3))
 
 
 def _check_shapes(

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from bigjax.nn.activations import gelu_erf
-from bigjax.nn.attention import attention, cached_attention
+from bigjax.nn.attention import attention, cached_attention, split_projections
 from bigjax.nn.linear import Dense
 from bigjax.nn.norm import LayerNorm
 from bigjax.nn.stack import Remat, stack
@@ -40,7 +40,7 @@ class SelfAttention(nn.Module):
     def __call__(self, x_NTC, mask=None, cache=None, position=None):
         C, H = x_NTC.shape[-1], self.heads
         qkv = Dense((H, 3, C // H), dtype=self.dtype, kernel_init=_xavier, name='qkv')(x_NTC)
-        q_NTHD, k_NTHD, v_NTHD = (x.squeeze(3) for x in jnp.split(qkv, 3, axis=3))
+        q_NTHD, k_NTHD, v_NTHD = split_projections(qkv)
         if cache is None:
             o_NTHD = attention(q_NTHD, k_NTHD, v_NTHD, causal=self.causal, mask=mask)
         else:
@@ -73,7 +73,7 @@ class CrossAttention(nn.Module):
         q_NTHD = Dense((H, C // H), name='q', **options)(x_NTC)
         if kv is None:
             both = Dense((H, 2, C // H), name='kv', **options)(memory_BSC)
-            kv = tuple(x.squeeze(3) for x in jnp.split(both, 2, axis=3))
+            kv = split_projections(both)
         # The beams of a text are so many queries to the same keys, of which there is one copy.
         q_BQHD = q_NTHD.reshape(real_BS.shape[0], -1, H, C // H)
         o_BQHD = attention(q_BQHD, *kv, causal=False, mask=real_BS[:, None, None])

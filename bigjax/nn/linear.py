@@ -1,6 +1,7 @@
 """Dense: a linear map over the trailing dimensions of its input.
 
-Legend: N rows (all leading dimensions flattened), I inputs, O outputs.
+Legend: N rows (all leading dimensions flattened), I inputs, O outputs, C width,
+V vocabulary.
 """
 
 import math
@@ -61,3 +62,21 @@ class Dense(nn.Module):
         if bias is not None:
             y_NO += bias.reshape(1, flat[1])
         return y_NO.reshape(*lead, *features)
+
+
+def embedding_logits(
+    x: jax.Array, embedding_VC: jax.Array, bias_V: jax.Array | None = None
+) -> jax.Array:
+    """Returns float32 logits [..., V]: products of `x` [..., C] with the rows of an embedding.
+
+    The product is taken in the type of `x`, and on matrices, as in `Dense`; then comes the bias.
+    """
+    logits_NV = jax.lax.dot_general(
+        x.reshape(-1, x.shape[-1]),
+        embedding_VC.astype(x.dtype),
+        (((1,), (1,)), ((), ())),
+        preferred_element_type=jnp.float32,
+    )
+    if bias_V is not None:
+        logits_NV += bias_V[None]
+    return logits_NV.reshape(*x.shape[:-1], embedding_VC.shape[0])

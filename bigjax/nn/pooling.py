@@ -69,7 +69,7 @@ def _pads(size_HW, window, strides, padding: Padding) -> Pads:
 
 def ceil_padding(
     size_HW: tuple[int, int], window: tuple[int, int], strides: tuple[int, int]
-) -> tuple[tuple[int, int], tuple[int, int]]:
+) -> Pads:
     """Padding on the far sides that keeps every pixel in a window (torch's `ceil_mode`).
 
     Windows that would start beyond the image are left out, but never the only one.

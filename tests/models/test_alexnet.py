@@ -1,50 +1,32 @@
 """AlexNet: published size and FLOPs, rules, the form for small images."""
 
-import re
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from matrix_flops import matrix_flops
+from model_variables import check_rules, drawn, shapes_of
 
 from bigjax.models.alexnet import RULES, AlexNet, forward_flops
-
-
-def _shapes(model, size):
-    return jax.eval_shape(
-        lambda k: model.init(k, jnp.zeros((1, *size)), train=False), jax.random.key(0)
-    )
-
-
-def _drawn(shapes):
-    """Random variables: compiling an init takes long. Variances are positive."""
-    draw = np.random.default_rng(1).standard_normal
-    drawn = jax.tree.map(lambda leaf: draw(leaf.shape, np.float32), shapes)
-    stats = {k: jax.tree.map(np.abs, v) for k, v in drawn.items() if k != 'params'}
-    return {**drawn, **stats}
 
 
 @pytest.fixture(scope='module')
 def small():
     model = AlexNet(classes=3, width=4, hidden=8, small_stem=True)
     x = np.random.default_rng(0).standard_normal((4, 8, 8, 1), np.float32)
-    return model, x, _drawn(_shapes(model, x.shape[1:]))
+    return model, x, drawn(shapes_of(model, x.shape[1:]))
 
 
 @pytest.mark.parametrize(('classes', 'count'), [(1000, 61_100_840), (10, 57_044_810)])
 def test_parameter_count(classes, count):
-    params = _shapes(AlexNet(classes=classes), (224, 224, 3))['params']
+    params = shapes_of(AlexNet(classes=classes), (224, 224, 3))['params']
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) == count
 
 
 @pytest.mark.parametrize('small_stem', [False, True])
 def test_every_parameter_has_a_rule_of_its_rank(small_stem):
-    params = _shapes(AlexNet(classes=10, small_stem=small_stem), (64, 64, 3))['params']
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        name = jax.tree_util.keystr(path, simple=True, separator='/')
-        axes = next(axes for pattern, axes in RULES if re.search(pattern, name))
-        assert len(axes) == leaf.ndim, name
+    params = shapes_of(AlexNet(classes=10, small_stem=small_stem), (64, 64, 3))['params']
+    check_rules(params, RULES)
 
 
 def test_flops_are_the_published_ones():
@@ -59,13 +41,13 @@ def test_flops_follow_the_model(size, small_stem):
     shape = {'width': 8, 'hidden': 12, 'small_stem': small_stem}
     model = AlexNet(classes=5, **shape)
     apply = lambda v, x: model.apply(v, x, train=False)  # noqa: E731
-    traced = matrix_flops(apply, _shapes(model, (*size, 3)), jnp.zeros((1, *size, 3)))
+    traced = matrix_flops(apply, shapes_of(model, (*size, 3)), jnp.zeros((1, *size, 3)))
     assert forward_flops(size, 3, 5, **shape) == traced
 
 
 def test_dense_layers_of_the_published_form_read_6x6_whatever_the_image():
     for side in (63, 127, 224):
-        params = _shapes(AlexNet(classes=10, width=8, hidden=8), (side, side, 3))['params']
+        params = shapes_of(AlexNet(classes=10, width=8, hidden=8), (side, side, 3))['params']
         assert params['hidden_0']['kernel'].shape == (6, 6, 32, 8)
 
 

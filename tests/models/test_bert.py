@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from matrix_flops import matrix_flops
 
 from bigjax import sharding
 from bigjax.experiment import UsageError
@@ -147,7 +148,7 @@ def test_classes_do_not_depend_on_padding_whatever_is_pooled():
         variables = model.init(jax.random.key(0), TOKENS)
         logits = model.apply(variables, TOKENS)
         np.testing.assert_allclose(model.apply(variables, TOKENS[1:, :3]), logits[1:], atol=1e-6)
-    assert ('pooler' in variables['params']) == (pool == 'first')
+        assert ('pooler' in variables['params']) == (pool == 'first')
 
 
 def test_pools():
@@ -171,11 +172,15 @@ def test_dropout_is_in_training_alone():
 
 
 def test_flops_are_those_of_the_matrices():
-    sizes = {'depth': 2, 'width': 8, 'hidden': 12}
-    matrices = 4 * 8 * 8 + 2 * 8 * 12
-    assert bert.forward_flops(length=5, **sizes) == 2 * (2 * 5 * matrices + 4 * 25 * 8)
-    more = bert.forward_flops(length=5, **sizes, vocab_size=11, predictions=3)
-    assert more - bert.forward_flops(length=5, **sizes) == 2 * 3 * (8 * 8 + 8 * 11)
+    sizes = {'length': 5, 'depth': 2, 'width': 8, 'hidden': 12}
+    tokens, positions = jnp.ones((1, 5), jnp.int32), jnp.zeros((1, 3), jnp.int32)
+    encoder = small(types=1)  # two types are a product, in place of a look-up
+    variables = jax.eval_shape(encoder.init, jax.random.key(0), tokens)
+    assert bert.forward_flops(**sizes) == matrix_flops(encoder.apply, variables, tokens)
+    model = MaskedLM(encoder)
+    variables = jax.eval_shape(model.init, jax.random.key(0), tokens, positions)
+    traced = matrix_flops(model.apply, variables, tokens, positions)
+    assert bert.forward_flops(**sizes, vocab_size=11, predictions=3) == traced
 
 
 def test_what_does_not_fit_is_refused():

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from model_variables import check_rules, shapes_of
 
 from bigjax.models.cnn import CNN, RULES, forward_flops
 
@@ -20,19 +21,13 @@ def digits_model():
 @pytest.mark.parametrize(('size', 'flat'), [((28, 28, 1), 3136), ((8, 8, 1), 256)])
 def test_parameter_count(size, flat):
     model = CNN(classes=10)
-    shapes = jax.eval_shape(
-        lambda k: model.init(k, jnp.zeros((1, *size)), train=False), jax.random.key(0)
-    )
-    count = sum(leaf.size for leaf in jax.tree.leaves(shapes))
+    count = sum(leaf.size for leaf in jax.tree.leaves(shapes_of(model, size)))
     assert count == (9 * 32 + 32) + (9 * 32 * 64 + 64) + (flat * 128 + 128) + (128 * 10 + 10)
 
 
 def test_every_parameter_has_a_rule_of_its_rank(digits_model):
     params = digits_model[2]['params']
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        name = jax.tree_util.keystr(path, simple=True, separator='/')
-        axes = next(axes for pattern, axes in RULES if re.search(pattern, name))
-        assert len(axes) == leaf.ndim, name
+    check_rules(params, RULES)
 
 
 def test_first_kernel_and_head_are_not_split_over_channels_or_classes():

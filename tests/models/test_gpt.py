@@ -1,11 +1,10 @@
 """GPT: published sizes, causality, cached decoding, bfloat16, and what it refuses."""
 
-import re
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from model_variables import check_rules
 
 from bigjax.experiment import UsageError
 from bigjax.models.gpt import GPT, GPT2_SIZES, GPT3_SIZES, RULES
@@ -61,11 +60,8 @@ def test_parameters_of_gpt3(size):
 @pytest.mark.parametrize('bias', [False, True])
 def test_every_parameter_has_a_rule_of_its_rank(bias):
     shapes = jax.eval_shape(TINY.clone(bias=bias).init, jax.random.key(0), jnp.zeros((1, 8), int))
-    for path, leaf in jax.tree_util.tree_leaves_with_path(shapes['params']):
-        name = jax.tree_util.keystr(path, simple=True, separator='/')
-        axes = next(axes for pattern, axes in RULES if re.search(pattern, name))
-        assert len(axes) == leaf.ndim, name
-        for axis, size in zip(axes, leaf.shape, strict=True):
+    for name, shape, axes in check_rules(shapes['params'], RULES):
+        for axis, size in zip(axes, shape, strict=True):
             if axis is not None:
                 assert size == {'vocab': 11, 'embed': 8, 'heads': 2, 'mlp': 32}[axis], name
 

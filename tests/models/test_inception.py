@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from matrix_flops import matrix_flops
+from model_variables import check_rules, drawn, shapes_of
 
 from bigjax.experiment import UsageError
 from bigjax.models.inception import RULES, SIZES, Inception, forward_flops, size
@@ -14,20 +15,6 @@ from bigjax.models.inception import RULES, SIZES, Inception, forward_flops, size
 # torchvision's counts with 1000 classes: without auxiliary heads, and with them.
 PARAMETERS = {1: (6_624_904, 13_004_888), 3: (23_834_568, 27_161_264)}
 SIDE = {1: 224, 3: 299}
-
-
-def _shapes(model, size):
-    return jax.eval_shape(
-        lambda k: model.init(k, jnp.zeros((1, *size)), train=False), jax.random.key(0)
-    )
-
-
-def _drawn(shapes):
-    """Random variables: compiling an init takes long. Variances are positive."""
-    draw = np.random.default_rng(1).standard_normal
-    drawn = jax.tree.map(lambda leaf: draw(leaf.shape, np.float32), shapes)
-    stats = {k: jax.tree.map(np.abs, v) for k, v in drawn.items() if k != 'params'}
-    return {**drawn, **stats}
 
 
 def _cut(version):
@@ -45,7 +32,7 @@ def small(request):
     patch.setitem(SIZES, request.param, _cut(request.param))
     model = Inception(classes=3, version=request.param, width=2, small_stem=True)
     x = np.random.default_rng(0).standard_normal((4, 9, 9, 1), np.float32)
-    yield model, x, _drawn(_shapes(model, x.shape[1:]))
+    yield model, x, drawn(shapes_of(model, x.shape[1:]))
     patch.undo()
 
 
@@ -53,17 +40,14 @@ def small(request):
 @pytest.mark.parametrize('version', list(SIZES))
 def test_parameter_count(version, auxiliary):
     model = Inception(classes=1000, version=version, auxiliary=auxiliary)
-    params = _shapes(model, (75, 75, 3))['params']
+    params = shapes_of(model, (75, 75, 3))['params']
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) == PARAMETERS[version][auxiliary]
 
 
 @pytest.mark.parametrize('version', list(SIZES))
 def test_every_parameter_has_a_rule_of_its_rank(version):
-    params = _shapes(Inception(classes=10, version=version, width=8), (75, 75, 3))['params']
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        name = jax.tree_util.keystr(path, simple=True, separator='/')
-        axes = next(axes for pattern, axes in RULES if re.search(pattern, name))
-        assert len(axes) == leaf.ndim, name
+    params = shapes_of(Inception(classes=10, version=version, width=8), (75, 75, 3))['params']
+    check_rules(params, RULES)
 
 
 def test_flops_are_the_published_ones():
@@ -81,7 +65,7 @@ def test_flops_follow_the_model(version, small_stem):
     shape = {'version': version, 'width': 4, 'small_stem': small_stem}
     model = Inception(classes=5, auxiliary=False, **shape)
     apply = lambda v, x: model.apply(v, x, train=False)  # noqa: E731
-    traced = matrix_flops(apply, _shapes(model, (*sides, 3)), jnp.zeros((1, *sides, 3)))
+    traced = matrix_flops(apply, shapes_of(model, (*sides, 3)), jnp.zeros((1, *sides, 3)))
     assert forward_flops(sides, 3, 5, **shape) == traced
 
 
@@ -96,7 +80,7 @@ def test_flops_of_training_have_the_auxiliary_heads(version):
         rngs = {'dropout': jax.random.key(0)}
         return model.apply(variables, x, train=True, rngs=rngs, mutable=['batch_stats'])
 
-    traced = matrix_flops(train, _shapes(model, (*sides, 3)), jnp.zeros((1, *sides, 3)))
+    traced = matrix_flops(train, shapes_of(model, (*sides, 3)), jnp.zeros((1, *sides, 3)))
     assert forward_flops(sides, 3, 5, auxiliary=True, **shape) == traced
 
 
@@ -154,10 +138,10 @@ def test_branches_end_side_by_side(small):
 def test_mistakes_are_refused():
     message = '--version=2: there are Inception versions [1, 3]; try --version=3'
     with pytest.raises(UsageError, match=re.escape(message)):
-        _shapes(Inception(classes=10, version=2), (8, 8, 3))
+        shapes_of(Inception(classes=10, version=2), (8, 8, 3))
     message = (
         '--image_size=64: Inception v3 needs images of 75 pixels a side or more; '
         'try --image_size=75'
     )
     with pytest.raises(UsageError, match=re.escape(message)):
-        _shapes(Inception(classes=10, version=3), (80, 64, 3))
+        shapes_of(Inception(classes=10, version=3), (80, 64, 3))

@@ -1,11 +1,10 @@
 """Feed-forward networks: shapes, rules, dropout, FLOPs."""
 
-import re
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from model_variables import check_rules
 
 from bigjax.models.mlp import MLP, RULES, forward_flops, hidden_widths
 
@@ -39,10 +38,7 @@ def test_it_is_the_formula(model_and_variables):
 
 
 def test_every_parameter_has_a_rule_of_its_rank(model_and_variables):
-    for path, leaf in jax.tree_util.tree_leaves_with_path(model_and_variables[2]['params']):
-        name = jax.tree_util.keystr(path, simple=True, separator='/')
-        axes = next(axes for pattern, axes in RULES if re.search(pattern, name))
-        assert len(axes) == leaf.ndim, name
+    check_rules(model_and_variables[2]['params'], RULES)
 
 
 def test_dropout_acts_in_training_only(model_and_variables):

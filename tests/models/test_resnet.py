@@ -1,21 +1,15 @@
 """ResNet: published sizes, rules, BatchNorm, identity start."""
 
-import re
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from model_variables import check_rules, shapes_of
 
 from bigjax.models.resnet import RULES, SIZES, Block, ResNet, forward_flops
 
 # torchvision's counts with 1000 classes; the paper's 6n+2 form plus its projections.
 PARAMETERS = {18: 11_689_512, 34: 21_797_672, 50: 25_557_032, 101: 44_549_160, 152: 60_192_808}
-
-
-def _shapes(model, size):
-    x = jnp.zeros((1, *size))
-    return jax.eval_shape(lambda k: model.init(k, x, train=False), jax.random.key(0))
 
 
 def _count(tree):
@@ -33,14 +27,14 @@ def small():
                                    pytest.param(152, marks=pytest.mark.slow)])  # fmt: skip
 def test_parameter_count(depth):
     assert (
-        _count(_shapes(ResNet(classes=1000, depth=depth), (64, 64, 3))['params'])
+        _count(shapes_of(ResNet(classes=1000, depth=depth), (64, 64, 3))['params'])
         == (PARAMETERS[depth])
     )
 
 
 @pytest.mark.parametrize('depth', [20, 32])
 def test_small_image_form_has_6n_plus_2_layers(depth):
-    params = _shapes(ResNet(classes=10, depth=depth), (32, 32, 3))['params']
+    params = shapes_of(ResNet(classes=10, depth=depth), (32, 32, 3))['params']
     kernels = [
         jax.tree_util.keystr(path)
         for path, _ in jax.tree_util.tree_leaves_with_path(params)
@@ -53,11 +47,8 @@ def test_small_image_form_has_6n_plus_2_layers(depth):
 
 @pytest.mark.parametrize('depth', [18, 20, 50])
 def test_every_parameter_has_a_rule_of_its_rank(depth):
-    params = _shapes(ResNet(classes=10, depth=depth, width=8), (32, 32, 3))['params']
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        name = jax.tree_util.keystr(path, simple=True, separator='/')
-        axes = next(axes for pattern, axes in RULES if re.search(pattern, name))
-        assert len(axes) == leaf.ndim, name
+    params = shapes_of(ResNet(classes=10, depth=depth, width=8), (32, 32, 3))['params']
+    check_rules(params, RULES)
 
 
 @pytest.mark.parametrize('bottleneck', [False, True])
@@ -108,7 +99,7 @@ def test_bfloat16_keeps_float32_statistics(small):
 
 def test_unknown_depth_is_refused():
     with pytest.raises(ValueError, match='--depth=19: a ResNet has one of'):
-        _shapes(ResNet(classes=10, depth=19), (8, 8, 3))
+        shapes_of(ResNet(classes=10, depth=19), (8, 8, 3))
 
 
 def test_flops_are_the_published_ones():

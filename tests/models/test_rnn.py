@@ -1,13 +1,13 @@
 """The recurrent classifier: padding, pooling, dropout, rules, FLOPs; it learns order."""
 
 import functools
-import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from model_variables import check_rules
 
 from bigjax.models.rnn import RULES, RecurrentClassifier, forward_flops
 
@@ -84,10 +84,7 @@ def test_dropout_acts_in_training_between_layers_and_before_the_classes(layers):
 
 def test_every_parameter_matches_a_rule_of_its_rank():
     _, params = make(cell='gru')  # which has the most parameters
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params['params']):
-        name = '/'.join(key.key for key in path)
-        rule = next(axes for pattern, axes in RULES if re.search(pattern, name))
-        assert len(rule) == leaf.ndim, name
+    check_rules(params['params'], RULES)
 
 
 def test_flops_count_every_matrix_product():

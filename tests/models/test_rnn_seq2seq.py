@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from matrix_flops import matrix_flops
 from seeing import check_dependence, decoded, widened
 
 from bigjax.models.rnn_seq2seq import RULES, SIZES, RecurrentSeq2Seq, forward_flops
@@ -83,14 +84,11 @@ def test_the_published_size_has_a_place_for_every_parameter():
 
 
 @both
-def test_flops_are_those_of_the_products(attention):
-    """Against the sizes of all products, a loop's as often as it runs."""
-    shape = {'vocab_size': 32, 'embed': 12, 'width': 16, 'depth': 1}
-    S, T, H, K, E = 5, 7, 16, 32, 12
-    flops = forward_flops(**shape, source_length=S, target_length=T, attention=attention)
-    encoder = S * 2 * 2 * 3 * H * (E + H)
-    decoder = T * 2 * 3 * H * (E + H) + 2 * K * H
-    context = 2 * K * 3 * H * (T if attention else 1)
-    scores = S * 2 * K * H + T * (2 * H * H + 2 * S * H + 2 * S * K) if attention else 0
-    output = T * 2 * ((H + K + E) * E + E * 32)
-    assert flops == encoder + decoder + context + scores + output
+@pytest.mark.parametrize('depth', [1, 2])
+def test_flops_are_those_of_the_products(attention, depth):
+    shape = {'vocab_size': 32, 'embed': 12, 'width': 16, 'depth': depth, 'attention': attention}
+    model = RecurrentSeq2Seq(**shape)
+    source_BS, target_BT = np.ones((1, 5), np.int32), np.ones((1, 7), np.int32)
+    variables = jax.eval_shape(model.init, jax.random.key(0), source_BS, target_BT)
+    traced = matrix_flops(model.apply, variables, source_BS, target_BT)
+    assert forward_flops(**shape, source_length=5, target_length=7) == traced

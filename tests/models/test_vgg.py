@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from matrix_flops import matrix_flops
+from model_variables import check_rules, drawn, shapes_of
 
 from bigjax.experiment import UsageError
 from bigjax.models.vgg import RULES, SIZES, VGG, forward_flops
@@ -20,31 +21,17 @@ PARAMETERS = {
 }
 
 
-def _shapes(model, size):
-    return jax.eval_shape(
-        lambda k: model.init(k, jnp.zeros((1, *size)), train=False), jax.random.key(0)
-    )
-
-
-def _drawn(shapes):
-    """Random variables: compiling an init takes long. Variances are positive."""
-    draw = np.random.default_rng(1).standard_normal
-    drawn = jax.tree.map(lambda leaf: draw(leaf.shape, np.float32), shapes)
-    stats = {k: jax.tree.map(np.abs, v) for k, v in drawn.items() if k != 'params'}
-    return {**drawn, **stats}
-
-
 @pytest.fixture(scope='module')
 def small():
     model = VGG(classes=3, depth=11, batch_norm=True, width=2, hidden=8, small_stem=True)
     x = np.random.default_rng(0).standard_normal((4, 7, 7, 1), np.float32)
-    return model, x, _drawn(_shapes(model, x.shape[1:]))
+    return model, x, drawn(shapes_of(model, x.shape[1:]))
 
 
 @pytest.mark.parametrize('batch_norm', [False, True])
 @pytest.mark.parametrize('depth', list(SIZES))
 def test_parameter_count(depth, batch_norm):
-    params = _shapes(VGG(classes=1000, depth=depth, batch_norm=batch_norm), (32, 32, 3))['params']
+    params = shapes_of(VGG(classes=1000, depth=depth, batch_norm=batch_norm), (32, 32, 3))['params']
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) == PARAMETERS[depth][batch_norm]
     kernels = [p for p, _ in jax.tree_util.tree_leaves_with_path(params) if p[-1].key == 'kernel']
     assert len(kernels) == depth
@@ -53,10 +40,7 @@ def test_parameter_count(depth, batch_norm):
 @pytest.mark.parametrize('small_stem', [False, True])
 def test_every_parameter_has_a_rule_of_its_rank(small_stem):
     model = VGG(classes=10, depth=19, batch_norm=True, width=8, hidden=8, small_stem=small_stem)
-    for path, leaf in jax.tree_util.tree_leaves_with_path(_shapes(model, (32, 32, 3))['params']):
-        name = jax.tree_util.keystr(path, simple=True, separator='/')
-        axes = next(axes for pattern, axes in RULES if re.search(pattern, name))
-        assert len(axes) == leaf.ndim, name
+    check_rules(shapes_of(model, (32, 32, 3))['params'], RULES)
 
 
 def test_flops_are_the_published_ones():
@@ -72,14 +56,14 @@ def test_flops_follow_the_model(size, small_stem):
     shape = {'depth': 13, 'width': 4, 'hidden': 12, 'small_stem': small_stem}
     model = VGG(classes=5, **shape)
     apply = lambda v, x: model.apply(v, x, train=False)  # noqa: E731
-    traced = matrix_flops(apply, _shapes(model, (*size, 3)), jnp.zeros((1, *size, 3)))
+    traced = matrix_flops(apply, shapes_of(model, (*size, 3)), jnp.zeros((1, *size, 3)))
     assert forward_flops(size, 3, 5, **shape) == traced
 
 
 @pytest.mark.parametrize(('side', 'pixels'), [(1, 1), (8, 1), (28, 1), (32, 1), (33, 2), (64, 2)])
 def test_last_map_of_the_small_form(side, pixels):
     model = VGG(classes=10, depth=11, width=2, hidden=8, small_stem=True)
-    kernel = _shapes(model, (side, side, 1))['params']['hidden_0']['kernel']
+    kernel = shapes_of(model, (side, side, 1))['params']['hidden_0']['kernel']
     assert kernel.shape == (pixels, pixels, 16, 8)
 
 
@@ -107,4 +91,4 @@ def test_training_moves_the_averages_and_drops(small):
 def test_unknown_depth_is_refused():
     message = '--depth=12: a VGG has one of [11, 13, 16, 19] layers; try --depth=16'
     with pytest.raises(UsageError, match=re.escape(message)):
-        _shapes(VGG(classes=10, depth=12), (8, 8, 3))
+        shapes_of(VGG(classes=10, depth=12), (8, 8, 3))

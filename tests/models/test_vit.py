@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from matrix_flops import matrix_flops
+from model_variables import check_rules, shapes_of
 
 from bigjax.experiment import UsageError
 from bigjax.models.vit import RULES, Block, ViT, forward_flops, sincos2d
@@ -24,36 +25,27 @@ PARAMETERS = {
 TINY = {'variant': 'Ti/4', 'depth': 2, 'heads': 2, 'width': 8}
 
 
-def _shapes(model, size):
-    return jax.eval_shape(
-        lambda k: model.init(k, jnp.zeros((1, *size)), train=False), jax.random.key(0)
-    )
-
-
 @pytest.fixture(scope='module')
 def small():
     """A model of random parameters (its own head is zero), images and variables."""
     model = ViT(classes=3, **TINY)
     x = np.random.default_rng(1).standard_normal((2, 8, 12, 1), np.float32)
     draw = np.random.default_rng(0).standard_normal
-    shapes = _shapes(model, x.shape[1:])
+    shapes = shapes_of(model, x.shape[1:])
     return model, x, jax.tree.map(lambda leaf: draw(leaf.shape, np.float32), shapes)
 
 
 @pytest.mark.parametrize('variant', list(PARAMETERS))
 def test_parameter_count(variant):
-    params = _shapes(ViT(classes=1000, variant=variant, scan=True), (224, 224, 3))['params']
+    params = shapes_of(ViT(classes=1000, variant=variant, scan=True), (224, 224, 3))['params']
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) == PARAMETERS[variant]
 
 
 @pytest.mark.parametrize('scan', [False, True])
 def test_every_parameter_has_a_rule_of_its_rank(scan):
-    params = _shapes(ViT(classes=10, scan=scan, **TINY), (8, 8, 3))['params']
+    params = shapes_of(ViT(classes=10, scan=scan, **TINY), (8, 8, 3))['params']
     assert 'class_token' in params
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        name = jax.tree_util.keystr(path, simple=True, separator='/')
-        axes = next(axes for pattern, axes in RULES if re.search(pattern, name))
-        assert len(axes) == leaf.ndim, name
+    for name, _, axes in check_rules(params, RULES):
         assert axes[0] is None or 'blocks' not in name, name
 
 
@@ -62,7 +54,7 @@ def test_flops_follow_the_model(pool):
     model = ViT(classes=5, pool=pool, scan=True, **TINY)
     apply = lambda v, x: model.apply(v, x, train=False)  # noqa: E731
     size = (16, 24, 3)
-    traced = matrix_flops(apply, _shapes(model, size), jnp.zeros((1, *size)))
+    traced = matrix_flops(apply, shapes_of(model, size), jnp.zeros((1, *size)))
     assert forward_flops((16, 24), 3, 5, pool=pool, **TINY) == traced
 
 
@@ -122,7 +114,7 @@ def test_sine_positions_tell_patches_apart_and_are_no_parameter():
     grid = table.reshape(5, 7, 16)
     assert (grid[:, :, :8] == grid[:1, :, :8]).all()
     assert (grid[:, :, 8:] == grid[:, :1, 8:]).all()
-    params = _shapes(ViT(classes=3, positions='sincos2d', **TINY), (8, 8, 1))['params']
+    params = shapes_of(ViT(classes=3, positions='sincos2d', **TINY), (8, 8, 1))['params']
     assert 'position' not in params
 
 
@@ -178,4 +170,4 @@ def test_first_layer_is_never_left_out_and_evaluation_leaves_none(small):
 )  # fmt: skip
 def test_mistakes_are_refused(knobs, message):
     with pytest.raises(UsageError, match=re.escape(message)):
-        _shapes(ViT(classes=3, **knobs), (8, 12, 1))
+        shapes_of(ViT(classes=3, **knobs), (8, 12, 1))

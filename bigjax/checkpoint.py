@@ -64,7 +64,13 @@ class Checkpoints:
         )
         self.directory = workdir / 'checkpoints'
         self._writing: int | None = None
-        self._checkpointer = ocp.training.Checkpointer(self.directory, preservation_policy=policy)
+        # Orbax's threads wait for a folder that is made in the background, the process at its exit
+        # for them: five minutes where it cannot be made. Made before they start, none waits.
+        context = ocp.Context()
+        context.asynchronous.create_directories_asynchronously = False
+        self._checkpointer = ocp.training.Checkpointer(
+            self.directory, preservation_policy=policy, context=context
+        )
 
     def steps(self) -> list[int]:
         """Returns the steps of all complete checkpoints, ascending."""

@@ -16,6 +16,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from bigjax.experiment import Experiment, UsageError
 from bigjax.nn.linear import Dense
@@ -193,26 +194,24 @@ def _new_adapters(
     key: jax.Array, base: Any, layers: dict[tuple[str, ...], Dense], lora: LoRA
 ) -> dict[str, Any]:
     """A is drawn with deviation 1 / sqrt(inputs), B is zero: at first the adapter does nothing."""
-    adapters: dict[str, Any] = {}
+    weights, adapters = flatten_dict(base), {}
     for number, (path, layer) in enumerate(layers.items()):
         if not re.search(lora.adapt, '/'.join(path)):
             continue
-        shape = _at(base, path)['kernel'].shape
+        shape = weights[*path, 'kernel'].shape
         outputs = 1 if isinstance(layer.features, int) else len(layer.features)
         stacked = shape[: len(shape) - layer.in_dims - outputs]  # layers, experts
         inputs, features = shape[len(stacked) : len(shape) - outputs], shape[len(shape) - outputs :]
         drawn = jax.random.normal(jax.random.fold_in(key, number), (*stacked, *inputs, lora.rank))
-        _set(adapters, path, {
-            A: drawn / math.sqrt(math.prod(inputs)),
-            B: jnp.zeros((*stacked, lora.rank, *features)),
-        })  # fmt: skip
+        adapters[*path, A] = drawn / math.sqrt(math.prod(inputs))
+        adapters[*path, B] = jnp.zeros((*stacked, lora.rank, *features))
     if not adapters:
         known = '/'.join(next(iter(layers), ('', '')))
         raise UsageError(
             f'--adapt={lora.adapt}: no dense layer has such a path, as for example {known!r} has; '
             f'try --adapt=.'
         )
-    return adapters
+    return unflatten_dict(adapters)
 
 
 def _shifted(weights: Any, adapters: Any, scale: float) -> Any:
@@ -229,25 +228,7 @@ def _shifted(weights: Any, adapters: Any, scale: float) -> Any:
 
 def _joined(weights: Any, adapters: Any) -> Any:
     """Returns one tree of both, without copying an array."""
-    return {
-        **weights,
-        **{
-            name: _joined(weights.get(name, {}), part) if isinstance(part, dict) else part
-            for name, part in adapters.items()
-        },
-    }
-
-
-def _at(tree: Any, path: tuple[str, ...]) -> Any:
-    for name in path:
-        tree = tree[name]
-    return tree
-
-
-def _set(tree: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
-    for name in path[:-1]:
-        tree = tree.setdefault(name, {})
-    tree[path[-1]] = value
+    return unflatten_dict({**flatten_dict(weights), **flatten_dict(adapters)})
 
 
 def _compiles(pattern: str) -> bool:

@@ -215,11 +215,15 @@ os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
-def test_a_save_torn_by_sigkill_leaves_the_one_before(tmp_path):
-    child = subprocess.run(
-        [sys.executable, '-c', KILLED, str(tmp_path)],
+def run(code, workdir):
+    return subprocess.run(
+        [sys.executable, '-c', code, str(workdir)],
         cwd=ROOT, env={'JAX_PLATFORMS': 'cpu', 'PATH': '/bin'}, capture_output=True, timeout=100,
     )  # fmt: skip
+
+
+def test_a_save_torn_by_sigkill_leaves_the_one_before(tmp_path):
+    child = run(KILLED, tmp_path)
     assert child.returncode == -signal.SIGKILL, child.stderr.decode()
     assert (tmp_path / 'checkpoints' / '2.orbax-checkpoint-tmp').exists()
     checkpoints = Checkpoints(tmp_path, keep=1)
@@ -316,3 +320,22 @@ def test_a_folder_that_is_gone_is_told(tmp_path):
     with pytest.raises(OSError, match=r'--workdir=.*: checkpoint 1 could not be written to .*'):
         save(checkpoints, 1)
     checkpoints.close()
+
+
+GONE = """
+import sys
+from pathlib import Path
+import jax.numpy as jnp
+from bigjax.checkpoint import Checkpoints
+checkpoints = Checkpoints(Path(sys.argv[1]), keep=1)
+checkpoints.directory.rmdir()
+checkpoints.directory.write_text('')
+checkpoints.save(1, {'x': jnp.zeros(4)}, progress={}, badness=None)
+checkpoints.wait()
+"""
+
+
+def test_a_process_whose_folder_is_gone_ends(tmp_path):
+    child = run(GONE, tmp_path)  # Threads of orbax's could keep it for five minutes.
+    assert child.returncode == 1
+    assert f'SaveError: --workdir={tmp_path}: checkpoint 1 could not' in child.stderr.decode()

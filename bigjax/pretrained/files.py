@@ -145,18 +145,13 @@ def pieces(sizes: tuple[int, ...], wanted: Index, groups: list[int], itemsize: i
         # Joined axes are in one run only where all behind the first range are whole.
         single |= set(own[: partial[-1] - axis]) if partial else set()
         axis += count
-    cut = None
+    steps = [1 if a in single else size for a, size in enumerate(sizes)]
     for a in range(len(sizes)):
-        row = math.prod(sizes[a + 1 :]) * itemsize
         if a not in single:
+            row = math.prod(sizes[a + 1 :]) * itemsize
+            steps[a] = max(1, PIECE // row)
             if row <= PIECE:
-                cut = a
                 break
-            single.add(a)
-    steps = [1 if a in single else sizes[a] for a in range(len(sizes))]
-    if cut is not None:
-        row = math.prod(sizes[cut + 1 :]) * itemsize
-        steps[cut] = max(1, PIECE // row)
 
     def blocks(a: int, chosen: Index) -> Iterator[Index]:
         if a == len(sizes):

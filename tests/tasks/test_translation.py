@@ -16,7 +16,7 @@ from bigjax.predict import Predictor
 from bigjax.recipes.text_to_text import TextPairs, text_to_text
 from bigjax.run import Search
 from bigjax.scores import ngrams
-from bigjax.state import make_init, setup
+from bigjax.state import first_state, setup
 from bigjax.tasks.translation import make_search, translation
 
 V, BEGIN, END, LENGTH = 12, 10, 11, 5
@@ -117,8 +117,7 @@ def test_ragged_data_is_scored_as_one(tmp_path, monkeypatch, score):
     assert len(data.test) == 11  # one batch and three rows
     plan = setup(experiment)
     with jax.set_mesh(plan.mesh):
-        init = make_init(experiment.task, experiment.optimizer, 0)
-        state = jax.jit(init, out_shardings=plan.shardings)()
+        state = first_state(experiment, plan)
         scores = Evaluator(experiment, plan)(state, score=True)['test']
         shown = Predictor(experiment, plan.mesh).examples(state.params, {}, data.test, 4)
         generated = experiment.generate(state.params, {})

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bigjax.experiment import UsageError
+from bigjax import run
 from bigjax.transforms import (
     DECAY_RULES,
     MUON_RULES,
@@ -28,8 +28,8 @@ from bigjax.transforms import (
     scale_by_muon,
 )
 
-OPTIMIZERS = ('sgd', 'adam', 'adamw', 'adafactor', 'lion', 'muon')
-SCHEDULES = ('constant', 'warmup_cosine', 'warmup_linear', 'rsqrt', 'wsd')
+OPTIMIZERS = ('sgd', 'rmsprop', 'adam', 'adamw', 'adafactor', 'lion', 'muon')
+SCHEDULES = ('constant', 'step', 'warmup_cosine', 'warmup_linear', 'rsqrt', 'wsd')
 NONFINITE = ('stop', 'skip')
 
 Schedule = Callable[[jax.typing.ArrayLike], jax.typing.ArrayLike]
@@ -40,17 +40,19 @@ class Optim:
     """How parameters are updated.
 
     Attributes:
-        optimizer: sgd, adam, adamw, adafactor, lion or muon (matrices; AdamW for the rest)
-        schedule: constant, warmup_cosine, warmup_linear, rsqrt or wsd (warm-up, stable, decay)
+        optimizer: sgd, rmsprop, adam, adamw, adafactor, lion, muon (matrices; AdamW for the rest)
+        schedule: constant, step, warmup_cosine, warmup_linear, rsqrt, wsd (warm-up, stable, decay)
         peak_lr: highest learning rate (for adafactor: relative to each parameter's RMS)
         warmup: steps of linear warm-up, whatever the schedule; 0 = none
         end_lr: last learning rate as a fraction of the peak (warmup_cosine, warmup_linear, wsd)
         decay: fraction of all steps that wsd spends in its final linear decay
+        decay_every: steps, from the end of warm-up, between two decays of the step schedule
+        decay_factor: by what the step schedule multiplies the rate at each decay
         weight_decay: decoupled decay, multiplied by the learning rate; not on biases and norms
         b1: decay of the first moment (adam, adamw, lion, muon's AdamW)
-        b2: decay of the second moment (adam, adamw, lion, muon's AdamW)
-        eps: term added to the denominator (adam, adamw, muon's AdamW)
-        momentum: momentum of sgd (heavy ball) and of muon (Nesterov; 0.95 is usual there)
+        b2: decay of the second moment (rmsprop, adam, adamw, lion, muon's AdamW)
+        eps: term added to the denominator (adam, adamw, muon's AdamW); rmsprop's is in the root
+        momentum: momentum of sgd and rmsprop (heavy ball), of muon (Nesterov; 0.95 is usual there)
         l1: L1 penalty: sign(p) * l1 joins the gradient, where weight decay applies
         l2: L2 penalty: p * l2 joins the gradient, where weight decay applies
         clip: largest global norm of the gradient, penalties included; 0 = off
@@ -64,6 +66,8 @@ class Optim:
     warmup: int = 100
     end_lr: float = 0.1
     decay: float = 0.2
+    decay_every: int = 0
+    decay_factor: float = 0.1
     weight_decay: float = 0.0
     b1: float = 0.9
     b2: float = 0.99
@@ -79,9 +83,8 @@ class Optim:
 def check(optim: Optim, *, steps: int) -> None:
     """Raises UsageError, naming flag, value, rule and a value that works, before a compilation."""
 
-    def need(holds: bool, flag: str, rule: str, fix: object):
-        if not holds:
-            raise UsageError(f'--{flag}={getattr(optim, flag)}: must be {rule}; try --{flag}={fix}')
+    def need(holds: bool, flag: str, rule: str, works: object) -> None:
+        run.need(holds, optim, flag, f'must be {rule}', works)
 
     need(optim.optimizer in OPTIMIZERS, 'optimizer', f'one of {", ".join(OPTIMIZERS)}', 'adamw')
     need(optim.schedule in SCHEDULES, 'schedule', f'one of {", ".join(SCHEDULES)}', 'warmup_cosine')
@@ -95,6 +98,11 @@ def check(optim: Optim, *, steps: int) -> None:
         room = 1 - optim.warmup / steps
         rule = f'at most {room:.4g}, what --warmup={optim.warmup} leaves of --steps={steps}'
         need(optim.decay <= room + 1e-9, 'decay', rule, f'{room / 2:.2g}')
+    if optim.schedule == 'step':
+        rule = 'at least 1 with --schedule=step'
+        need(optim.decay_every >= 1, 'decay_every', rule, max(steps // 3, 1))
+        rule = 'above 0 and at most 1 with --schedule=step'
+        need(0 < optim.decay_factor <= 1, 'decay_factor', rule, 0.1)
     for flag, fix in (('b1', 0.9), ('b2', 0.99), ('momentum', 0.9), ('ema', 0.999)):
         need(0 <= getattr(optim, flag) < 1, flag, 'at least 0 and below 1', fix)
     need(0 < optim.eps < math.inf, 'eps', 'positive and finite', '1e-8')
@@ -110,8 +118,10 @@ def make_schedule(optim: Optim, steps: int) -> Schedule:
 
     With w = warmup, the rate is peak (n+1)/(w+1) below w and peak at n = w: no update is empty.
     warmup_cosine, warmup_linear and wsd would reach end_lr * peak at n = steps, one past the last.
-    rsqrt is peak sqrt((w+1)/(n+1)) (Vaswani et al. 2017, eq. 3, scaled to the peak). wsd stays at
-    the peak until the last `decay` of all steps and falls linearly there (Hu et al. 2024, §4).
+    step is peak decay_factor^floor((n-w)/decay_every), a staircase counted from the end of warm-up,
+    as torchvision (SequentialLR of a warm-up and StepLR) and optax.join_schedules count. rsqrt is
+    peak sqrt((w+1)/(n+1)) (Vaswani et al. 2017, eq. 3, scaled to the peak). wsd stays at the peak
+    until the last `decay` of all steps and falls linearly there (Hu et al. 2024, §4).
 
     Args:
         optim: the knobs.
@@ -128,6 +138,7 @@ def make_schedule(optim: Optim, steps: int) -> Schedule:
     start = optim.warmup if optim.schedule != 'wsd' else steps - optim.decay * steps
 
     def schedule(n):
+        past = jnp.maximum(jnp.asarray(n, jnp.int32) - optim.warmup, 0)
         n = jnp.asarray(n, jnp.float32)
         done = jnp.clip((n - start) / (steps - start), 0, 1)
         match optim.schedule:
@@ -135,6 +146,9 @@ def make_schedule(optim: Optim, steps: int) -> Schedule:
                 factor = end + (1 - end) * 0.5 * (1 + jnp.cos(jnp.pi * done))
             case 'warmup_linear' | 'wsd':
                 factor = 1 - (1 - end) * done
+            case 'step':
+                # In integers: a compiled quotient of floats may fall short of a whole number.
+                factor = optim.decay_factor ** (past // optim.decay_every).astype(jnp.float32)
             case 'rsqrt':
                 factor = jnp.sqrt(ramp / jnp.maximum(n + 1, ramp))
             case _:
@@ -158,6 +172,10 @@ def _direction(optim: Optim, muon_rules: tuple) -> optax.GradientTransformation:
     match optim.optimizer:
         case 'sgd':
             return optax.trace(optim.momentum) if optim.momentum else optax.identity()
+        case 'rmsprop':
+            # As in TensorFlow: v starts at 1, eps is in the root, nothing is corrected.
+            rms = optax.scale_by_rms(optim.b2, optim.eps, 1.0, eps_in_sqrt=True)
+            return optax.chain(rms, optax.trace(optim.momentum)) if optim.momentum else rms
         case 'adam' | 'adamw':
             return optax.scale_by_adam(optim.b1, optim.b2, optim.eps)
         case 'lion':
@@ -186,6 +204,11 @@ def make_optimizer(
     The state's leaves that belong to a parameter end in that parameter's path and have its shape,
     except Adafactor's factored moments. With nonfinite='skip' an update whose gradient is not
     finite leaves parameters and state (schedule and average included) as they were.
+
+    rmsprop is TensorFlow's: v = b2 v + (1-b2) g² starts at 1 and the direction is g / sqrt(v +
+    eps). Its momentum sums directions before they meet the learning rate, as sgd's does and as in
+    PyTorch; TensorFlow sums after, which differs for some 1 / (1 - momentum) steps when the rate
+    changes.
 
     Args:
         optim: the knobs.

@@ -9,13 +9,16 @@ Inception architecture for computer vision" (arXiv:1512.00567).
 
 Full size, 27,161,264 parameters with the auxiliary head. torchvision's weights, which are those of
 Google, have 77.294 % top-1 (pytorch.org/vision/stable/models; version 1, at 224 pixels, 6,624,904
-parameters without auxiliary heads, 69.778 %). The paper trains 100 epochs by RMSProp at batch 1,600
-with a rate that falls by 6 % every two epochs; here it is momentum and a cosine, not yet run:
+parameters without auxiliary heads, 69.778 %). The recipe is §8 of the 2015 paper: 100 epochs of 50
+batches of 32, RMSProp, a rate that falls by 6 % every two epochs, averaged weights. What it leaves
+open (momentum, L2, the average's decay, crops, the auxiliary loss) is as in TensorFlow's
+inception_distributed_train.py. Not yet run here:
 
     python launch.py --experiment=inception --version=3 --dataset=tfds:imagenet2012
-        --image_size=299 --width=0 --normalize=half --crop=0.08 --flip --shift=0 --eval_crop=0.875
-        --label_smoothing=0.1 --clip=2 --peak_lr=0.4 --warmup=6256 --l2=4e-5 --batch=1024
-        --steps=125100 --eval_every=1251 --save_every=1251
+        --image_size=299 --width=0 --auxiliary=0.4 --normalize=half --crop=0.05 --flip --shift=0
+        --eval_crop=0.875 --label_smoothing=0.1 --optimizer=rmsprop --b2=0.9 --eps=1 --momentum=0.9
+        --clip=2 --schedule=step --decay_every=1601 --decay_factor=0.94 --peak_lr=0.045 --warmup=0
+        --l2=4e-5 --ema=0.9999 --batch=1600 --steps=80073 --eval_every=801 --save_every=801
 
 Measured on two CPU cores, one seed: digits, version 1 98.1 % in 1:56.
 """

@@ -1,22 +1,22 @@
 """RoBERTa: BERT without next sentences, with bytes for letters, pretrained longer; fine-tuned.
 
 Liu et al. 2019, "RoBERTa: a robustly optimized BERT pretraining approach". Masks are drawn anew at
-every step, rows are full of one document's text. The small default reads the source of the Python
-standard library:
+every step; a row is of one document, where the paper's go on into the next. The small default reads
+the source of the Python standard library:
 
     python launch.py --experiment=roberta
 
-The paper's recipe for RoBERTa-large (160 GB of text, 8,192 rows of 512 tokens a step, 500,000
-steps; 90.2 % on MNLI, 94.6 F1 on SQuAD 1.1):
+The paper's recipe for RoBERTa-large (table 9: 8K rows of at most 512 tokens a step, 500,000 steps,
+no clipping; over 160 GB of text; 90.2 % on MNLI and 94.6 F1 on SQuAD 1.1, both development sets):
 
     python launch.py --experiment=roberta --size=large --dataset=files:'text/*' --vocab=50265
         --seq=512 --batch=8192 --steps=500000 --warmup=30000 --peak_lr=4e-4 --b2=0.98 --eps=1e-6
-        --weight_decay=0.01 --schedule=warmup_linear --dropout=0.1 --dtype=bfloat16
+        --clip=0 --weight_decay=0.01 --schedule=warmup_linear --dropout=0.1 --dtype=bfloat16
 
 Fine-tuning a folder of weights, its tokenizer and architecture included, on your own data:
 
     python launch.py --experiment=roberta --objective=classify --dataset=csv:reviews.csv --seq=128
-        --pretrained=DIR --peak_lr=5e-5 --batch=32 --steps=2000 --dropout=0.1
+        --pretrained=DIR --peak_lr=2e-5 --batch=32 --steps=2000 --dropout=0.1
     python launch.py --experiment=roberta --objective=tokens --dataset=conll:train.txt
         --pretrained=DIR
     python launch.py --experiment=roberta --objective=answers --dataset=squad:train.json

@@ -2,7 +2,9 @@
 
 Vaswani et al. 2017, "Attention is all you need". The default data are the messages of Django and
 JupyterLab with their translations; --size=base and --size=big are the paper's models (table 2: 27.3
-and 28.4 BLEU on WMT14 English-German, the last command). --action=export writes them as Marian.
+and 28.4 BLEU on WMT14 English-German). The last command is the base model's recipe: some 25,000
+tokens a side and step, 100,000 steps; big takes --dropout=0.3 --steps=300000 --peak_lr=4.9e-4. The
+paper averages its last checkpoints. --action=export writes them as Marian.
 
     python launch.py --experiment=transformer_translation
     python launch.py --experiment=transformer_translation --dataset=catalogues:de
@@ -10,7 +12,7 @@ and 28.4 BLEU on WMT14 English-German, the last command). --action=export writes
         --source_column=text --target_column=summary --score=rouge
     python launch.py --experiment=transformer_translation --size=base --norm=post --seq=128 \\
         --dataset=tfds:wmt14_translate/de-en --source_column=en --target_column=de --vocab=37000 \\
-        --steps=100000 --batch=768 --schedule=rsqrt --warmup=4000 --peak_lr=7e-4 --clip=0
+        --steps=100000 --batch=768 --schedule=rsqrt --warmup=4000 --peak_lr=7e-4 --eps=1e-9 --clip=0
 """
 
 from typing import Any, Literal
@@ -23,6 +25,7 @@ from bigjax.nn.stack import Remat
 from bigjax.optimizers import Optim
 from bigjax.pretrained import marian
 from bigjax.pretrained.files import open_weights
+from bigjax.recipes.sizes import override
 from bigjax.recipes.text_to_text import TextPairs, text_to_text
 from bigjax.run import Search
 
@@ -66,8 +69,7 @@ def experiment(
     shape: dict[str, Any] = {**transformer.SIZES[size], 'norm': norm, 'activation': activation}
     if pretrained and (config := open_weights(pretrained).config):
         shape |= marian.arguments(config)
-    knobs = {'depth': depth, 'heads': heads, 'width': width, 'hidden': hidden}
-    shape |= {name: value for name, value in knobs.items() if value}
+    shape = override(shape, depth=depth, heads=heads, width=width, hidden=hidden)
     model = transformer.Transformer(
         vocab_size=data.vocab_size,
         dropout=dropout,

@@ -7,10 +7,10 @@ Dosovitskiy et al. 2020, "An image is worth 16×16 words" (arXiv:2010.11929).
         --steps=6500 --warmup=500 --peak_lr=2e-3 --eval_every=1625 --eval_batch=500 --flip
         --ema=0.999
 
-Full size (S/16 has 22,050,664 parameters, B/16 86,567,656), the recipe of Beyer et al. 2022,
-"Better plain ViT baselines for ImageNet-1k" (arXiv:2205.01580), where 90 epochs give S/16 76.5 %
-top-1 (also in big_vision's configs/vit_s16_i1k.py; not yet run here). The published B/16 has
---pool=token --positions=learned.
+Full size, the recipe of Beyer et al. 2022, "Better plain ViT baselines for ImageNet-1k"
+(arXiv:2205.01580), where 90 epochs give S/16 76.5 % top-1 (big_vision's configs/vit_s16_i1k.py,
+which has a hidden layer in the head and keeps 1 % of the images back; not yet run here). The
+published ViT has --pool=token --positions=learned: S/16 22,050,664 parameters, B/16 86,567,656.
 
     python launch.py --experiment=vit --dataset=tfds:imagenet2012 --image_size=224 --variant=S/16
         --depth=0 --heads=0 --width=0 --pool=mean --positions=sincos2d --normalize=half --crop=0.05

@@ -63,6 +63,7 @@ def run(optim, params, gradient, steps):
 def test_schedule_end_points(schedule):
     peak, warmup, steps = 3e-3, 10, 200
     optim = Optim(schedule=schedule, peak_lr=peak, warmup=warmup, end_lr=0.1, decay=0.25)
+    optim = dataclasses.replace(optim, decay_every=100, decay_factor=0.1)
     rates = np.asarray(make_schedule(optim, steps)(jnp.arange(steps + 1)))
     np.testing.assert_allclose(rates[:11], peak * np.arange(1, 12) / 11, rtol=1e-6)
     assert rates[:steps].min() > 0
@@ -75,6 +76,46 @@ def test_schedule_end_points(schedule):
     if schedule == 'wsd':
         np.testing.assert_allclose(rates[warmup:151], peak, rtol=1e-6)
         np.testing.assert_allclose(rates[175], peak * 0.55, rtol=1e-6)
+
+
+@pytest.mark.parametrize(('factor', 'every', 'warmup'), [(0.1, 30, 0), (0.94, 7, 10), (0.5, 1, 3)])
+def test_step_schedule_is_a_staircase_from_the_end_of_warmup(factor, every, warmup):
+    knobs = {'peak_lr': 0.5, 'warmup': warmup, 'decay_every': every, 'decay_factor': factor}
+    rates = make_schedule(Optim(schedule='step', **knobs), 95)(jnp.arange(95))
+    expected = [0.5 * (n + 1) / (warmup + 1) for n in range(warmup)] + [0.5]
+    for past in range(1, 95 - warmup):
+        expected.append(expected[-1] * (factor if past % every == 0 else 1))
+    np.testing.assert_allclose(rates, expected, rtol=2e-5)
+
+
+def test_step_schedule_falls_exactly_at_its_multiples():
+    # Every boundary of a long run, compiled, where a quotient of floats misses some.
+    optim = Optim(schedule='step', peak_lr=1.0, warmup=7, decay_every=41, decay_factor=0.999)
+    falls = 7 + 41 * np.arange(1, 2000)
+    rates = jax.jit(make_schedule(optim, 100_000))(np.stack([falls - 1, falls]))
+    levels = np.round(np.log(np.asarray(rates, np.float64)) / np.log(0.999))
+    np.testing.assert_array_equal(levels, [np.arange(1999), np.arange(1, 2000)])
+
+
+@pytest.mark.parametrize('momentum', [0.0, 0.9])
+@pytest.mark.parametrize(('b2', 'eps'), [(0.9, 1.0), (0.99, 1e-8)])
+def test_rmsprop_is_that_of_tensorflow(momentum, b2, eps):
+    knobs = {'b2': b2, 'eps': eps, 'momentum': momentum, 'weight_decay': 0.1}
+    kernel = np.array([[1.0, -2.0], [0.5, 3.0]])
+    gradient = lambda step, x: (step + 1) * x - 0.25  # noqa: E731
+    seen, _ = run(
+        plain(optimizer='rmsprop', **knobs),
+        {'kernel': jnp.asarray(kernel, jnp.float32)},
+        lambda step, p: jax.tree.map(lambda x: gradient(step, x), p),
+        6,
+    )
+    mean_square, summed = np.ones_like(kernel), np.zeros_like(kernel)
+    for step in range(6):
+        grad = gradient(step, kernel)
+        mean_square = b2 * mean_square + (1 - b2) * grad**2
+        summed = momentum * summed + grad / np.sqrt(mean_square + eps)
+        kernel = kernel - 0.1 * (summed + 0.1 * kernel)
+        np.testing.assert_allclose(seen[step]['kernel'], kernel, rtol=1e-5)
 
 
 @pytest.mark.parametrize('optimizer', OPTIMIZERS)
@@ -310,13 +351,13 @@ def test_state_leaves_end_in_their_parameters_path(optimizer):
     [
         (
             {'optimizer': 'adamwx'},
-            '--optimizer=adamwx: must be one of sgd, adam, adamw, adafactor, lion, muon; '
+            '--optimizer=adamwx: must be one of sgd, rmsprop, adam, adamw, adafactor, lion, muon; '
             'try --optimizer=adamw',
         ),
         (
             {'schedule': 'cosine'},
-            '--schedule=cosine: must be one of constant, warmup_cosine, warmup_linear, rsqrt, wsd; '
-            'try --schedule=warmup_cosine',
+            '--schedule=cosine: must be one of constant, step, warmup_cosine, warmup_linear, '
+            'rsqrt, wsd; try --schedule=warmup_cosine',
         ),
         ({'nonfinite': 'x'}, '--nonfinite=x: must be one of stop, skip; try --nonfinite=stop'),
         ({'warmup': 100}, '--warmup=100: must be smaller than --steps=100; try --warmup=10'),
@@ -328,6 +369,20 @@ def test_state_leaves_end_in_their_parameters_path(optimizer):
             {'schedule': 'wsd', 'warmup': 90, 'decay': 0.2},
             '--decay=0.2: must be at most 0.1, what --warmup=90 leaves of --steps=100; '
             'try --decay=0.05',
+        ),
+        (
+            {'schedule': 'step'},
+            '--decay_every=0: must be at least 1 with --schedule=step; try --decay_every=33',
+        ),
+        (
+            {'schedule': 'step', 'decay_every': 30, 'decay_factor': 0.0},
+            '--decay_factor=0.0: must be above 0 and at most 1 with --schedule=step; '
+            'try --decay_factor=0.1',
+        ),
+        (
+            {'schedule': 'step', 'decay_every': 30, 'decay_factor': 10.0},
+            '--decay_factor=10.0: must be above 0 and at most 1 with --schedule=step; '
+            'try --decay_factor=0.1',
         ),
         (
             {'optimizer': 'adam', 'weight_decay': 0.1},

@@ -91,7 +91,7 @@ def main(argv):
         sys.exit(f'launch.py: {argv[1]!r} is not a flag; flags look like --steps=100')
     if not FLAGS.experiment:
         for name, line in experiments.names().items():
-            print(f'{name:18} {line}')
+            print(f'{name:24} {line}')
         return print('\nstart one with --experiment=NAME; --experiment=NAME --help tells its knobs')
     prepare_process()
     from bigjax import actions, distributed

@@ -10,9 +10,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 
 from bigjax.experiment import Sample, UsageError
+from bigjax.sharding import readable
 from bigjax.task import Decoder
 
 
@@ -127,9 +127,7 @@ def generate_tokens(
     # Only what shapes the compiled program may be part of its identity.
     filters = dataclasses.replace(sample, prompt='', length=1, samples=1, sample_seed=0)
     key, offset = jax.random.key(sample.sample_seed), 0
-    # Where the parameters are spread over processes, each must still be able to read the text.
-    where = jax.tree.leaves(params)[0].sharding
-    placed = where.update(spec=PartitionSpec()) if isinstance(where, NamedSharding) else None
+    placed = readable(params)
     for context, new in windows(text_BT.shape[1], sample.length, decoder.max_length):
         drawn = _stretch(params, text_BT[:, -context:], key, jnp.int32(offset),
                          decoder=decoder, sample=filters, new=new, placed=placed)  # fmt: skip

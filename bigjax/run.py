@@ -1,11 +1,17 @@
 """The knobs of any run: how it goes, how text is made; and the error for what does not fit."""
 
 import dataclasses
-from typing import ClassVar
+from typing import Any, ClassVar
 
 
 class UsageError(ValueError):
     """A mistake in what the user asked for; its message names flag, value, rule and a way out."""
+
+
+def need(holds: bool, knobs: Any, flag: str, rule: str, works: object) -> None:
+    """Raises UsageError unless a rule holds for one of a group's knobs; `works` is a good value."""
+    if not holds:
+        raise UsageError(f'--{flag}={getattr(knobs, flag)}: {rule}; try --{flag}={works}')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,26 +65,17 @@ class Run:
                             'save_every': 0, 'log_every': 1, 'keep': 1, 'patience': 0,
                             'accumulate': 1, 'steps_per_call': 1,
                             'workers': 0}.items():  # fmt: skip
-            if getattr(self, name) < least:
-                raise UsageError(
-                    f'--{name}={getattr(self, name)}: must be at least {least}; '
-                    f'try --{name}={least}'
-                )
+            need(getattr(self, name) >= least, self, name, f'must be at least {least}', least)
         for name in ('steps', 'eval_every', 'save_every'):
-            if getattr(self, name) % self.steps_per_call:
-                near = round(getattr(self, name) / self.steps_per_call) or 1
-                raise UsageError(
-                    f'--{name}={getattr(self, name)}: must be a multiple of '
-                    f'--steps_per_call={self.steps_per_call}; '
-                    f'try --{name}={near * self.steps_per_call}'
-                )
+            times = round(getattr(self, name) / self.steps_per_call) or 1
+            rule = f'must be a multiple of --steps_per_call={self.steps_per_call}'
+            whole = getattr(self, name) % self.steps_per_call == 0
+            need(whole, self, name, rule, times * self.steps_per_call)
         first, _, last = self.profile_steps.partition(':')
         digits = first.isdecimal() and last.isdecimal()
-        if self.profile_steps and not (digits and int(first) < int(last)):
-            raise UsageError(
-                f'--profile_steps={self.profile_steps}: must be FIRST:LAST, the first below the '
-                f'last; try --profile_steps=10:13'
-            )
+        fits = not self.profile_steps or (digits and int(first) < int(last))
+        rule = 'must be FIRST:LAST, the first below the last'
+        need(fits, self, 'profile_steps', rule, '10:13')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -110,17 +107,12 @@ class Sample:
     )  # fmt: skip
 
     def __post_init__(self) -> None:
-        for name, rule, ok in (
-            ('length', 'must be at least 1', self.length >= 1),
-            ('samples', 'must be at least 1', self.samples >= 1),
-            ('temperature', 'must not be negative', self.temperature >= 0),
-            ('top_k', 'must not be negative', self.top_k >= 0),
-            ('top_p', 'must be above 0 and at most 1', 0 < self.top_p <= 1),
-            ('min_p', 'must be at least 0 and below 1', 0 <= self.min_p < 1),
-        ):
-            if not ok:
-                default = type(self).__dataclass_fields__[name].default
-                raise UsageError(f'--{name}={getattr(self, name)}: {rule}; try --{name}={default}')
+        need(self.length >= 1, self, 'length', 'must be at least 1', 400)
+        need(self.samples >= 1, self, 'samples', 'must be at least 1', 1)
+        need(self.temperature >= 0, self, 'temperature', 'must not be negative', 0.8)
+        need(self.top_k >= 0, self, 'top_k', 'must not be negative', 0)
+        need(0 < self.top_p <= 1, self, 'top_p', 'must be above 0 and at most 1', 1.0)
+        need(0 <= self.min_p < 1, self, 'min_p', 'must be at least 0 and below 1', 0.0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -140,10 +132,6 @@ class Search:
     FREE: ClassVar[tuple[str, ...]] = ('prompt', 'beam', 'length_penalty')
 
     def __post_init__(self) -> None:
-        if self.beam < 1:
-            raise UsageError(f'--beam={self.beam}: must be at least 1; try --beam=4')
-        if not 0 <= self.length_penalty <= 10:
-            raise UsageError(
-                f'--length_penalty={self.length_penalty}: must be from 0 to 10; '
-                'try --length_penalty=0.6'
-            )
+        need(self.beam >= 1, self, 'beam', 'must be at least 1', 4)
+        fits = 0 <= self.length_penalty <= 10
+        need(fits, self, 'length_penalty', 'must be from 0 to 10', 0.6)

@@ -171,6 +171,15 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+def readable(params: Any) -> NamedSharding | None:
+    """Returns the sharding of an output of `params` that every process of the run can read.
+
+    None leaves it to the compiler, where parameters are not spread over a mesh.
+    """
+    where = jax.tree.leaves(params)[0].sharding
+    return where.update(spec=PartitionSpec()) if isinstance(where, NamedSharding) else None
+
+
 def check_batch(flag: str, batch: int, mesh: Mesh, *, accumulate: int = 1) -> None:
     """Raises UsageError unless every device gets the same number of rows in every microbatch.
 

@@ -1,10 +1,11 @@
 """GPT-2: a decoder-only transformer with learned positions, 124M to 1.5B parameters.
 
-Radford et al. 2019, "Language models are unsupervised multitask learners": 512 windows of 1,024
-tokens a step, a byte-level BPE of 50,257 tokens. The paper does not tell its optimizer; the
-defaults are those of nanoGPT's reproduction (github.com/karpathy/nanoGPT, train_gpt2.py): 0.5 M
-tokens a step, AdamW, 6e-4 after 2,000 steps, cosine to 6e-5 at 600,000; it reports 2.85 nats per
-token on OpenWebText for 124M. The BPE is trained on the data.
+Radford et al. 2019, "Language models are unsupervised multitask learners": windows of 1,024 tokens,
+batches of 512, a byte-level BPE of 50,257 tokens. The paper does not tell its optimizer; the
+defaults are those of nanoGPT's reproduction (github.com/karpathy/nanoGPT, config/train_gpt2.py):
+491,520 tokens a step, AdamW, 6e-4 after 2,000 steps, cosine to 6e-5 at 600,000; it reports about
+2.85 nats per token on OpenWebText for 124M, without biases (--nobias). The BPE is trained on the
+data.
 
     python launch.py --experiment=gpt2 --size=1.5B --action=describe
     python launch.py --experiment=gpt2 --dataset=files:'books/*.txt' --batch=8 --rank=8
@@ -25,8 +26,9 @@ from bigjax.models import gpt
 from bigjax.nn.moe import Routing
 from bigjax.nn.stack import Remat
 from bigjax.optimizers import Optim
-from bigjax.pretrained import gpt2 as kept
-from bigjax.recipes.language import Text, language_model, override
+from bigjax.recipes.gpt import gpt_experiment
+from bigjax.recipes.language import Text
+from bigjax.recipes.sizes import override
 
 
 def experiment(
@@ -65,31 +67,14 @@ def experiment(
       pretrained: folder or .safetensors file to start from; empty starts at random
     """
     shape = override(gpt.GPT2_SIZES[size], depth=depth, heads=heads, width=width)
-    model = gpt.GPT(
-        vocab_size=text.vocab,
-        context_length=text.seq,
-        bias=bias,
-        dropout=dropout,
-        dtype=jnp.dtype(dtype),
-        scan=scan,
-        remat=remat,
-        routing=routing,
-        **shape,
-    )
-    return language_model(
-        model,
+    options = {'scan': scan, 'remat': remat, 'dtype': jnp.dtype(dtype)}
+    return gpt_experiment(
+        shape | options | {'bias': bias, 'dropout': dropout},
         text=text,
-        forward_flops=gpt.forward_flops(
-            vocab_size=text.vocab,
-            length=text.seq,
-            depth=model.depth,
-            width=model.width,
-            routing=routing,
-        ),
-        rules=gpt.ODD_VOCAB_RULES,
+        routing=routing,
+        lora=lora,
         run=run,
         optim=optim,
         sample=sample,
-        lora=lora,
-        pretrained=kept.pretrained(model, pretrained),
+        pretrained=pretrained,
     )

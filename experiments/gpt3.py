@@ -2,7 +2,8 @@
 
 Brown et al. 2020, "Language models are few-shot learners", table 2.1 and appendix B: windows of
 2,048 tokens, 300 B tokens in all, Adam with b2 = 0.95 and clip 1, decay 0.1, warm-up over 375 M
-tokens, cosine to a tenth. Sequences a step and peak rate by size:
+tokens, cosine to a tenth. Sequences a step (the table tells tokens: 0.5, 1, 2 and 3.2 M) and peak
+rate by size:
 
     125M 256 6e-4   350M 256 3e-4   760M 256 2.5e-4   1.3B 512 2e-4
     2.7B 512 1.6e-4   6.7B 1024 1.2e-4   13B 1024 1e-4   175B 1568 0.6e-4
@@ -11,7 +12,10 @@ Not done as published: the batch does not grow over the first tokens; the cosine
 not at 260 B tokens; every layer attends to everything before it, where the paper alternates with
 "locally banded sparse" layers whose band it does not tell.
 
-    python launch.py --experiment=gpt3 --size=175B --batch=1568 --peak_lr=0.6e-4 --action=describe
+The defaults are for 125M; steps and warm-up go down as the batch goes up:
+
+    python launch.py --experiment=gpt3 --size=175B --batch=1568 --steps=93400 --warmup=117 \
+        --peak_lr=0.6e-4 --action=describe
 
 A small one, on the text that every Python carries:
 
@@ -29,8 +33,9 @@ from bigjax.models import gpt
 from bigjax.nn.moe import Routing
 from bigjax.nn.stack import Remat
 from bigjax.optimizers import Optim
-from bigjax.pretrained import gpt2 as kept
-from bigjax.recipes.language import Text, language_model, override
+from bigjax.recipes.gpt import gpt_experiment
+from bigjax.recipes.language import Text
+from bigjax.recipes.sizes import override
 
 
 def experiment(
@@ -67,31 +72,14 @@ def experiment(
       pretrained: folder or .safetensors file to start from; empty starts at random
     """
     shape = override(gpt.GPT3_SIZES[size], depth=depth, heads=heads, width=width)
-    model = gpt.GPT(
-        vocab_size=text.vocab,
-        context_length=text.seq,
-        bias=bias,
-        dropout=dropout,
-        dtype=jnp.dtype(dtype),
-        scan=scan,
-        remat=remat,
-        routing=routing,
-        **shape,
-    )
-    return language_model(
-        model,
+    options = {'scan': scan, 'remat': remat, 'dtype': jnp.dtype(dtype)}
+    return gpt_experiment(
+        shape | options | {'bias': bias, 'dropout': dropout},
         text=text,
-        forward_flops=gpt.forward_flops(
-            vocab_size=text.vocab,
-            length=text.seq,
-            depth=model.depth,
-            width=model.width,
-            routing=routing,
-        ),
-        rules=gpt.ODD_VOCAB_RULES,
+        routing=routing,
+        lora=lora,
         run=run,
         optim=optim,
         sample=sample,
-        lora=lora,
-        pretrained=kept.pretrained(model, pretrained),
+        pretrained=pretrained,
     )

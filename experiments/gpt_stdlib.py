@@ -15,11 +15,10 @@ from typing import Literal
 import jax.numpy as jnp
 
 from bigjax.data.text import open_language
-from bigjax.experiment import Data, Experiment, Run, Sample
+from bigjax.experiment import Experiment, Run, Sample
 from bigjax.models import gpt
-from bigjax.optimizers import Optim, make_optimizer
-from bigjax.task import Decoder
-from bigjax.tasks.causal_lm import causal_lm
+from bigjax.optimizers import Optim
+from bigjax.recipes.language import language_model
 
 
 def experiment(
@@ -66,30 +65,15 @@ def experiment(
         dropout=dropout,
         dtype=jnp.dtype(dtype),
     )
-    optimizer, schedule = make_optimizer(optim, steps=run.steps)
-    return Experiment(
-        task=causal_lm(
-            model,
-            length=seq,
-            token_bytes_V=data.tokenizer.token_bytes,
-            forward_flops=gpt.forward_flops(
-                vocab_size=vocab_size, length=seq, depth=depth, width=width
-            ),
-            decoder=Decoder(
-                model.init_cache,
-                lambda params, tokens_BT, cache: model.apply(
-                    {'params': params}, tokens_BT, cache, method='decode'
-                ),
-                seq,
-            ),
-            z_loss=z_loss,
-        ),
-        optimizer=optimizer,
-        schedule=schedule,
-        nonfinite=optim.nonfinite,
-        data=Data(train=data.train, evals={'validation': data.validation}, card=data.card),
+    flops = gpt.forward_flops(vocab_size=vocab_size, length=seq, depth=depth, width=width)
+    return language_model(
+        model,
+        data,
+        seq=seq,
+        forward_flops=flops,
         rules=gpt.RULES,
         run=run,
+        optim=optim,
         sample=sample,
-        tokenizer=data.tokenizer,
+        z_loss=z_loss,
     )

@@ -3,8 +3,8 @@
 Grattafiori et al. 2024, "The Llama 3 herd of models" (arXiv:2407.21783), §3 and table 3: AdamW,
 8,000 steps of warm-up, cosine to a hundredth over 1,200,000 steps, at first 4 M tokens a step in
 windows of 4,096, later 8 M and 16 M in windows of 8,192; peak rates 3e-4 (8B), 1.5e-4 (70B), 8e-5
-(405B). Decay, clip and b2 are Llama 2's (arXiv:2307.09288, §2.2). 1B and 3B were pruned from 8B and
-distilled, which is not done here. The BPE is trained on the data.
+(405B). Decay, clip and b2 are Llama 2's (arXiv:2307.09288, §2.2; its eps is 1e-5). 1B and 3B (Llama
+3.2) were pruned from 8B and distilled, which is not done here. The BPE is trained on the data.
 
     python launch.py --experiment=llama --size=405B --scan --peak_lr=8e-5 --action=describe
     python launch.py --experiment=llama --size=8B --rank=16 --dtype=bfloat16 --remat=dots_no_batch
@@ -31,7 +31,8 @@ from bigjax.nn.rotary import RotaryScaling
 from bigjax.nn.stack import Remat
 from bigjax.optimizers import Optim
 from bigjax.pretrained import llama as kept
-from bigjax.recipes.language import Text, language_model, override
+from bigjax.recipes.language import Text, language_model
+from bigjax.recipes.sizes import override
 
 
 def experiment(
@@ -94,7 +95,9 @@ def experiment(
     flops = llama.forward_flops(vocab_size=text.vocab, length=text.seq, routing=routing, **shape)
     return language_model(
         model,
-        text=text,
+        text.open(run.data_dir),
+        seq=text.seq,
+        z_loss=text.z_loss,
         forward_flops=flops,
         rules=llama.RULES,
         run=run,

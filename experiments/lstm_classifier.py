@@ -45,7 +45,7 @@ def experiment(
     """Builds the run.
 
     Args:
-      dataset: catalogues, catalogues:PACKAGE, csv:FILE or tfds:NAME
+      dataset: catalogues, catalogues:PACKAGE, docstrings, csv:FILE or tfds:NAME
       text_column: column of a CSV file that holds the text
       label_column: column of a CSV file that holds the class
       test_file: CSV file to evaluate on; empty holds out a tenth of --dataset

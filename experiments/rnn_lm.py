@@ -16,11 +16,10 @@ from typing import Any, Literal
 import jax.numpy as jnp
 
 from bigjax.data.text import open_language
-from bigjax.experiment import Data, Experiment, Run, Sample
+from bigjax.experiment import Experiment, Run, Sample
 from bigjax.models import rnn_lm
-from bigjax.optimizers import Optim, make_optimizer
-from bigjax.task import Decoder
-from bigjax.tasks.causal_lm import causal_lm
+from bigjax.optimizers import Optim
+from bigjax.recipes.language import language_model
 
 # A state has room for any text: generation never starts a window anew.
 ENDLESS = 2**31 - 1
@@ -65,28 +64,15 @@ def experiment(
     sizes: dict[str, Any] = {'vocab_size': vocab_size, 'embed': embed, 'features': width}
     sizes |= {'layers': depth, 'cell': cell}
     model = rnn_lm.RecurrentLM(**sizes, tied=tied, dropout=dropout, dtype=jnp.dtype(dtype))
-    optimizer, schedule = make_optimizer(optim, steps=run.steps)
-    return Experiment(
-        task=causal_lm(
-            model,
-            length=seq,
-            token_bytes_V=data.tokenizer.token_bytes,
-            forward_flops=rnn_lm.forward_flops(**sizes, length=seq),
-            decoder=Decoder(
-                model.init_cache,
-                lambda params, tokens_BT, cache: model.apply(
-                    {'params': params}, tokens_BT, cache, method='decode'
-                ),
-                ENDLESS,
-            ),
-            z_loss=z_loss,
-        ),
-        optimizer=optimizer,
-        schedule=schedule,
-        nonfinite=optim.nonfinite,
-        data=Data(train=data.train, evals={'validation': data.validation}, card=data.card),
+    return language_model(
+        model,
+        data,
+        seq=seq,
+        forward_flops=rnn_lm.forward_flops(**sizes, length=seq),
         rules=rnn_lm.RULES,
         run=run,
+        optim=optim,
         sample=sample,
-        tokenizer=data.tokenizer,
+        z_loss=z_loss,
+        max_length=ENDLESS,
     )

@@ -84,7 +84,7 @@ def test_alone_it_lists_the_experiments(launch):
     assert done.err == ''
     lines = done.out.splitlines()
     names = experiments.names()
-    assert lines[: len(names)] == [f'{name:18} {line}' for name, line in names.items()]
+    assert lines[: len(names)] == [f'{name:24} {line}' for name, line in names.items()]
     assert lines[len(names) :] == [
         '',
         'start one with --experiment=NAME; --experiment=NAME --help tells its knobs',
@@ -167,7 +167,7 @@ MISTAKES = {
     ),
     'metric that is not there': (
         ('--experiment=cnn', '--monitor=test/acc'),
-        'launch.py: --monitor=test/acc: must be one of test/accuracy, test/loss; '
+        'launch.py: --monitor=test/acc: must be one of test/accuracy, test/macro_f1, test/loss; '
         'try --monitor=test/accuracy\n',
     ),
     'nothing to evaluate': (

@@ -14,12 +14,14 @@ from bigjax.data.masking import Fixed, Masking
 from bigjax.data.passages import NextSentence, open_passages
 from bigjax.data.questions import SCORE_NAMES, open_questions
 from bigjax.data.token_labels import open_token_labels
-from bigjax.experiment import Data, Experiment, Run, UsageError
+from bigjax.experiment import Data, Experiment
 from bigjax.models import bert
 from bigjax.models.bert_heads import MaskedLM, SequenceClassifier, TokenClassifier
 from bigjax.optimizers import Optim, make_optimizer
 from bigjax.pretrained import bert as kept
 from bigjax.pretrained.files import open_weights
+from bigjax.recipes.sizes import override
+from bigjax.run import Run, UsageError, need
 from bigjax.tasks.classification import classification
 from bigjax.tasks.masked_lm import masked_lm
 from bigjax.tasks.question_answering import question_answering
@@ -29,6 +31,8 @@ Objective = Literal['mlm', 'classify', 'tokens', 'answers']
 
 # Where --monitor is left at this default, other objectives have one of their own.
 PRETRAINING_MONITOR = 'validation/loss'
+# What reads files that pretraining does not, by how --dataset begins.
+READERS: dict[str, Objective] = {'csv': 'classify', 'conll': 'tokens', 'squad': 'answers'}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,7 +41,7 @@ class Reading:
 
     Attributes:
       objective: mlm (pretraining), classify (texts), tokens (label words) or answers (find them)
-      dataset: stdlib, files:, tfds: (mlm); catalogues, csv:, tfds:; conll:, jsonl:; squad:FILE.json
+      dataset: stdlib, files:, tfds:; docstrings, catalogues, csv:, tfds:; conll:, jsonl:; squad:
       test_file: file of held-out examples, where --dataset is a file; empty holds out a tenth
       text_column: column of a CSV file that holds the text
       pair_column: column (TFDS: feature) that holds a second text; empty reads single texts
@@ -70,15 +74,9 @@ class Reading:
     pool: Literal['first', 'mean'] = 'first'
 
     def __post_init__(self) -> None:
-        if not 0 < self.mask_rate < 1:
-            raise UsageError(
-                f'--mask_rate={self.mask_rate}: must be above 0 and below 1; try --mask_rate=0.15'
-            )
-        if self.longest_answer < 1:
-            raise UsageError(
-                f'--longest_answer={self.longest_answer}: must be at least 1; '
-                'try --longest_answer=30'
-            )
+        fits = 0 < self.mask_rate < 1
+        need(fits, self, 'mask_rate', 'must be above 0 and below 1', 0.15)
+        need(self.longest_answer >= 1, self, 'longest_answer', 'must be at least 1', 30)
 
     def source(self, run: Run) -> dict[str, Any]:
         """Returns the arguments that every kind of data takes."""
@@ -183,6 +181,9 @@ def encoder_experiment(
 
 
 def _masked(reading: Reading, run: Run, next_sentence: bool) -> Aim:
+    reader = READERS.get(reading.dataset.partition(':')[0])
+    rule = f'does not read --dataset={reading.dataset}'
+    need(reader is None, reading, 'objective', rule, reader)
     data = open_passages(reading.dataset, pair=next_sentence, **reading.source(run))
     masking = Masking(
         data.tokenizer,
@@ -295,4 +296,4 @@ def encoder_shape(
             shape[ours] = config.get(theirs, shape[ours])
         first = published.get('first_position', 0)
         shape['positions'] = config.get('max_position_embeddings', 512 + first) - first
-    return shape | {name: value for name, value in knobs.items() if value}
+    return override(shape, **knobs)

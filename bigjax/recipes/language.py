@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from flax import linen as nn
 
-from bigjax.data.text import open_language
+from bigjax.data.text import LanguageData, open_language
 from bigjax.experiment import Data, Experiment, Run, Sample
 from bigjax.lora import LoRA, with_lora
 from bigjax.optimizers import Optim, make_optimizer
@@ -32,48 +32,58 @@ class Text:
     seq: int = 64
     z_loss: float = 0.0
 
+    def open(self, data_dir: str) -> LanguageData:
+        """Returns the data set, its tokenizer trained; UsageError where there is no such data."""
+        return open_language(
+            self.dataset,
+            seq=self.seq,
+            data_dir=data_dir,
+            tokenizer=self.tokenizer,
+            vocab=self.vocab,
+        )
+
 
 def language_model(
     model: nn.Module,
+    data: LanguageData,
     *,
-    text: Text,
+    seq: int,
     forward_flops: int,
     rules: Sequence[Rule],
     run: Run,
     optim: Optim,
     sample: Sample,
-    lora: LoRA,
+    z_loss: float = 0.0,
+    max_length: int = 0,
+    lora: LoRA | None = None,
     **more: Any,
 ) -> Experiment:
     """Returns the experiment of training a decoder-only model, its adapters alone if so wanted.
 
     Args:
-      model: of `text.vocab` tokens and `text.seq` positions, with `init_cache` and `decode`.
-      text: what it reads.
+      model: called with tokens; with `init_cache` and `decode`. It may know more tokens than the
+        data has.
+      data: what it reads.
+      seq: tokens of an example.
       forward_flops: closed-form operations of one example's forward pass.
       rules: sharding rules of the model.
       run: how the run goes.
       optim: how parameters are updated.
       sample: how text is generated.
+      z_loss: weight of the squared log-partition in the loss.
+      max_length: positions that the model can hold when it generates; 0 is `seq`.
       lora: low-rank adapters, if any.
       more: further fields of Experiment, such as `pretrained`.
     """
-    data = open_language(
-        text.dataset,
-        seq=text.seq,
-        data_dir=run.data_dir,
-        tokenizer=text.tokenizer,
-        vocab=text.vocab,
-    )
     optimizer, schedule = make_optimizer(optim, steps=run.steps)
     experiment = Experiment(
         task=causal_lm(
             model,
-            length=text.seq,
+            length=seq,
             token_bytes_V=data.tokenizer.token_bytes,
             forward_flops=forward_flops,
-            decoder=cached_decoder(model, text.seq, data.tokenizer.vocab_size),
-            z_loss=text.z_loss,
+            decoder=cached_decoder(model, max_length or seq, data.tokenizer.vocab_size),
+            z_loss=z_loss,
         ),
         optimizer=optimizer,
         schedule=schedule,
@@ -85,9 +95,4 @@ def language_model(
         tokenizer=data.tokenizer,
         **more,
     )
-    return with_lora(experiment, lora)
-
-
-def override(published: dict[str, Any], **knobs: Any) -> dict[str, Any]:
-    """Returns a published variant with those knobs in place of its own that are not 0."""
-    return {**published, **{name: value for name, value in knobs.items() if value}}
+    return with_lora(experiment, lora) if lora else experiment

@@ -7,7 +7,6 @@ from typing import Any, ClassVar, Literal
 import jax
 import numpy as np
 from flax import linen as nn
-from jax.sharding import NamedSharding, PartitionSpec
 
 from bigjax.data.parallel import ParallelData, open_parallel
 from bigjax.data.pipeline import Examples
@@ -15,9 +14,9 @@ from bigjax.experiment import Data, Experiment
 from bigjax.optimizers import Optim, make_optimizer
 from bigjax.predict import Predicted
 from bigjax.pretrained.pretrained import Pretrained
-from bigjax.run import Run, Search, UsageError
+from bigjax.run import Run, Search, need
 from bigjax.scores import ngrams
-from bigjax.sharding import Rule
+from bigjax.sharding import Rule, readable
 from bigjax.tasks.translation import make_search, translation
 
 SCORES = {'bleu': ('bleu', 'chrf'), 'rouge': ('rouge_1', 'rouge_2', 'rouge_l')}
@@ -54,11 +53,8 @@ class TextPairs:
     FREE: ClassVar[tuple[str, ...]] = ('score', 'bleu_tokenizer')
 
     def __post_init__(self) -> None:
-        if not 0 <= self.label_smoothing < 1:
-            raise UsageError(
-                f'--label_smoothing={self.label_smoothing}: must be at least 0 and below 1; '
-                'try --label_smoothing=0.1'
-            )
+        fits = 0 <= self.label_smoothing < 1
+        need(fits, self, 'label_smoothing', 'must be at least 0 and below 1', 0.1)
 
     def open(self, data_dir: str) -> ParallelData:
         """Returns the data set.
@@ -143,10 +139,8 @@ def text_to_text(
     def generate(params: Any, extra: Any) -> list[str]:
         del extra
         source_1S = data.encode([search.prompt])
-        # Where the parameters are spread over processes, each must still be able to read the text.
-        where = jax.tree.leaves(params)[0].sharding
-        placed = where.update(spec=PartitionSpec()) if isinstance(where, NamedSharding) else None
-        found = jax.jit(find, out_shardings=placed)(params, source_1S, np.ones(1, bool))
+        read = jax.jit(find, out_shardings=readable(params))
+        found = read(params, source_1S, np.ones(1, bool))
         return texts({'tokens': np.asarray(found.tokens_BT)})
 
     optimizer, schedule = make_optimizer(optim, steps=run.steps)

@@ -17,8 +17,9 @@ from bigjax.data.images import ImageData, open_images
 from bigjax.data.mixing import Mix
 from bigjax.data.pipeline import Augment
 from bigjax.data.randaugment import RandAugment
-from bigjax.experiment import Data, Experiment, Run, UsageError
+from bigjax.experiment import Data, Experiment
 from bigjax.optimizers import Optim, make_optimizer
+from bigjax.run import Run, UsageError, need
 from bigjax.sharding import Rule
 from bigjax.tasks.classification import classification, standardize
 
@@ -87,8 +88,7 @@ class Images:
             ('mixup', 'must be at least 0 and finite', 0 <= self.mixup < math.inf, 0.2),
             ('cutmix', 'must be at least 0 and finite', 0 <= self.cutmix < math.inf, 1),
         ):
-            if not ok:
-                raise UsageError(f'--{name}={getattr(self, name)}: {rule}; try --{name}={works}')
+            need(ok, self, name, rule, works)
 
     def open(self, data_dir: str) -> ImageData:
         """Returns the data set; with `num_classes`, it has that many class names.

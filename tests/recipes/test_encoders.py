@@ -113,8 +113,8 @@ def test_weights_tell_the_architecture(tmp_path, monkeypatch):
         ),
         (
             {'dataset': 'stdlib', 'objective': 'classify'},
-            '--dataset=stdlib: no such source of labelled text; there are catalogues, csv:FILE and '
-            'tfds:NAME; try --dataset=catalogues',
+            '--dataset=stdlib: no such source of labelled text; there are catalogues, docstrings, '
+            'csv:FILE and tfds:NAME; try --dataset=catalogues',
         ),
         (
             {'dataset': 'csv:x', 'objective': 'tokens'},
@@ -125,6 +125,10 @@ def test_weights_tell_the_architecture(tmp_path, monkeypatch):
             {'dataset': 'csv:x', 'objective': 'answers'},
             '--dataset=csv:x: no such source of questions; there are stdlib and squad:FILE.json; '
             'try --dataset=stdlib',
+        ),
+        (
+            {'dataset': 'csv:x', 'objective': 'mlm'},
+            '--objective=mlm: does not read --dataset=csv:x; try --objective=classify',
         ),
     ],
 )

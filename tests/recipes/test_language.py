@@ -12,7 +12,7 @@ from bigjax import describe, identity, sharding
 from bigjax import experiment as experiments
 from bigjax.models import gpt
 from bigjax.nn.moe import Routing
-from bigjax.recipes.language import override
+from bigjax.recipes.sizes import override
 from bigjax.state import setup
 from bigjax.tasks.causal_lm import cached_decoder, causal_lm
 

@@ -1,19 +1,22 @@
 """TFDS builders of the data sets made from files that are on the machine anyway.
 
 They write ArrayRecord and need no TensorFlow. Importing this module imports
-tensorflow_datasets (0.15 s), so it is imported only where something has to be prepared.
+tensorflow_datasets, so it is imported only where something has to be prepared.
 """
 
+import abc
 import contextlib
 import dataclasses
 import io
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any, ClassVar
 
 import absl.logging
 import tensorflow_datasets as tfds
 
-from bigjax.data.catalogues import Message, read_messages, read_translations
+from bigjax.data.catalogues import read_messages, read_translations
+from bigjax.data.corpora import STDLIB_CITATION, STDLIB_LICENSE
 
 
 @dataclasses.dataclass(eq=False)
@@ -42,113 +45,129 @@ class CataloguesConfig(tfds.core.BuilderConfig):
 
 with tfds.core.registered.skip_registration():
 
-    class StdlibText(tfds.core.GeneratorBasedBuilder):
-        """Source text of the Python standard library."""
+    class LocalBuilder(tfds.core.GeneratorBasedBuilder):
+        """Examples in their order; subclasses say where they are from, and what is told of them.
+
+        Attributes:
+            ABOUT: arguments of TFDS's DatasetInfo; 'features' are a plain dict.
+        """
 
         VERSION = tfds.core.Version('1.0.0')
-        name = 'stdlib_text'
+        ABOUT: ClassVar[dict[str, Any]]
+
+        @abc.abstractmethod
+        def examples(self) -> dict[str, Iterable[dict[str, Any]]]:
+            """Returns the examples of each split."""
 
         def _info(self) -> tfds.core.DatasetInfo:
-            return self.dataset_info_from_configs(
-                description=(
-                    'Source text of the Python standard library of the interpreter that made it, '
-                    'one example a file, in path order.'
-                ),
-                features=tfds.features.FeaturesDict(
-                    {'path': tfds.features.Text(), 'text': tfds.features.Text()}
-                ),
-                homepage='https://docs.python.org/3/library/',
-                citation='Python Software Foundation. The Python Standard Library.',
-                license='Python Software Foundation License Version 2',
-                disable_shuffling=True,
-            )
+            features = tfds.features.FeaturesDict(self.ABOUT['features'])
+            about = {**self.ABOUT, 'features': features, 'disable_shuffling': True}
+            return self.dataset_info_from_configs(**about)
 
         def _split_generators(self, dl_manager):
             del dl_manager
-            config = self.builder_config
+            return {split: self._generate_examples(rows) for split, rows in self.examples().items()}
+
+        def _generate_examples(self, rows: Iterable[dict[str, Any]]) -> Iterator:
+            yield from enumerate(rows)
+
+    class SourceBuilder(LocalBuilder):
+        """Examples that files give one after the other; its configuration is a `FilesConfig`.
+
+        Attributes:
+            EVERY: of how many files one is read.
+        """
+
+        EVERY = 1
+
+        @abc.abstractmethod
+        def rows(self, path: str, data: bytes) -> Iterable[dict[str, Any]]:
+            """Returns the examples of one file."""
+
+        def examples(self):
+            root, splits = Path(self.builder_config.root), self.builder_config.splits
             return {
-                split: self._generate_examples(Path(config.root), paths)
-                for split, paths in config.splits.items()
+                split: (
+                    row
+                    for path in paths[:: self.EVERY]
+                    for row in self.rows(path, (root / path).read_bytes())
+                )
+                for split, paths in splits.items()
             }
 
-        def _generate_examples(self, root: Path, paths: list[str]) -> Iterator:
-            for number, path in enumerate(paths):
-                yield number, {'path': path, 'text': (root / path).read_bytes()}
+    class StdlibText(SourceBuilder):
+        """Source text of the Python standard library."""
 
-    class CatalogueLanguages(tfds.core.GeneratorBasedBuilder):
+        name = 'stdlib_text'
+        ABOUT: ClassVar = {
+            'description': (
+                'Source text of the Python standard library of the interpreter that made it, '
+                'one example a file, in path order.'
+            ),
+            'features': {'path': tfds.features.Text(), 'text': tfds.features.Text()},
+            'homepage': 'https://docs.python.org/3/library/',
+            'citation': STDLIB_CITATION,
+            'license': STDLIB_LICENSE,
+        }
+
+        def rows(self, path, data):
+            return [{'path': path, 'text': data}]
+
+    class CatalogueLanguages(LocalBuilder):
         """Messages of an installed package, labelled with their language."""
 
-        VERSION = tfds.core.Version('1.0.0')
         name = 'catalogue_languages'
+        ABOUT: ClassVar = {
+            'description': (
+                'Sentences from the gettext catalogues of an installed Python package (by '
+                'default Django), labelled with their language. No text is in two languages '
+                'or in two splits; all translations of a message are in the same split.'
+            ),
+            'features': {
+                'text': tfds.features.Text(doc='without placeholders and markup'),
+                'language': tfds.features.Text(doc='gettext name, such as de or zh_Hans'),
+                'message': tfds.features.Text(doc='as it stands in the catalogue'),
+                'msgid': tfds.features.Text(doc='the English it translates'),
+            },
+            'supervised_keys': ('text', 'language'),
+            'homepage': 'https://www.djangoproject.com/',
+            'citation': 'Django Software Foundation and contributors. Django.',
+            'license': 'BSD-3-Clause (Django); else that of the package',
+        }
 
-        def _info(self) -> tfds.core.DatasetInfo:
-            return self.dataset_info_from_configs(
-                description=(
-                    'Sentences from the gettext catalogues of an installed Python package (by '
-                    'default Django), labelled with their language. No text is in two languages '
-                    'or in two splits; all translations of a message are in the same split.'
-                ),
-                features=tfds.features.FeaturesDict(
-                    {
-                        'text': tfds.features.Text(doc='without placeholders and markup'),
-                        'language': tfds.features.Text(doc='gettext name, such as de or zh_Hans'),
-                        'message': tfds.features.Text(doc='as it stands in the catalogue'),
-                        'msgid': tfds.features.Text(doc='the English it translates'),
-                    }
-                ),
-                supervised_keys=('text', 'language'),
-                homepage='https://www.djangoproject.com/',
-                citation='Django Software Foundation and contributors. Django.',
-                license='BSD-3-Clause (Django); else that of the package',
-                disable_shuffling=True,
-            )
-
-        def _split_generators(self, dl_manager):
-            del dl_manager
+        def examples(self):
             splits = read_messages(self.builder_config.root)
-            return {split: self._generate_examples(rows) for split, rows in splits.items()}
+            return {split: (row._asdict() for row in rows) for split, rows in splits.items()}
 
-        def _generate_examples(self, rows: list[Message]) -> Iterator:
-            for number, row in enumerate(rows):
-                yield number, row._asdict()
-
-    class CataloguePairs(tfds.core.GeneratorBasedBuilder):
+    class CataloguePairs(LocalBuilder):
         """Messages of installed packages with their translations into one language."""
 
-        VERSION = tfds.core.Version('1.0.0')
         name = 'catalogue_pairs'
+        ABOUT: ClassVar = {
+            'description': (
+                'English messages from the gettext catalogues of installed Python packages '
+                '(Django and the language packs of JupyterLab) with their translations. No '
+                'English message is there twice or in two splits.'
+            ),
+            'features': {
+                'source': tfds.features.Text(doc='the message in English'),
+                'target': tfds.features.Text(doc='its translation'),
+            },
+            'supervised_keys': ('source', 'target'),
+            'homepage': 'https://www.djangoproject.com/',
+            'citation': (
+                'Django Software Foundation and contributors. Django. '
+                'Project Jupyter contributors. JupyterLab language packs.'
+            ),
+            'license': 'BSD-3-Clause',
+        }
 
-        def _info(self) -> tfds.core.DatasetInfo:
-            return self.dataset_info_from_configs(
-                description=(
-                    'English messages from the gettext catalogues of installed Python packages '
-                    '(Django and the language packs of JupyterLab) with their translations. No '
-                    'English message is there twice or in two splits.'
-                ),
-                features=tfds.features.FeaturesDict(
-                    {
-                        'source': tfds.features.Text(doc='the message in English'),
-                        'target': tfds.features.Text(doc='its translation'),
-                    }
-                ),
-                supervised_keys=('source', 'target'),
-                homepage='https://www.djangoproject.com/',
-                citation=(
-                    'Django Software Foundation and contributors. Django. '
-                    'Project Jupyter contributors. JupyterLab language packs.'
-                ),
-                license='BSD-3-Clause',
-                disable_shuffling=True,
-            )
-
-        def _split_generators(self, dl_manager):
-            del dl_manager
+        def examples(self):
             splits = read_translations(self.builder_config.files).splits
-            return {split: self._generate_examples(pairs) for split, pairs in splits.items()}
-
-        def _generate_examples(self, pairs: list[tuple[str, str]]) -> Iterator:
-            for number, (source, target) in enumerate(pairs):
-                yield number, {'source': source, 'target': target}
+            return {
+                split: ({'source': source, 'target': target} for source, target in pairs)
+                for split, pairs in splits.items()
+            }
 
 
 def build(

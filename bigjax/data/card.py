@@ -4,7 +4,7 @@ import dataclasses
 import json
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -75,6 +75,14 @@ def prepared(data_dir: str | os.PathLike, name: str, write: Callable[[Path], Non
 def save_json(path: Path, value: object) -> None:
     """Writes `value` as JSON text."""
     path.write_text(json.dumps(value, indent=1, ensure_ascii=False), encoding='utf-8')
+
+
+def saved_card(
+    saved: dict, *, sizes: dict[str, int], notes: Iterable[str] = (), unit: str = 'examples'
+) -> Card:
+    """Returns a card that was saved as a dict, with what is known of it now; notes are added."""
+    notes = (*saved.get('notes', ()), *notes)
+    return Card(**{**saved, 'sizes': sizes, 'notes': notes, 'unit': unit})
 
 
 def load_json(path: Path) -> dict:

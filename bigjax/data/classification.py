@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from bigjax.data.card import Card, MappedArray, load_json, prepared, save_json
+from bigjax.data.card import Card, MappedArray, load_json, prepared, save_json, saved_card
 from bigjax.data.labelled import LabelledSource, open_labelled
 from bigjax.data.ragged import Ragged, read_ragged, write_ragged
 from bigjax.data.text import check_utf8
@@ -52,12 +52,12 @@ class TokenRows:
 
     def cut(self) -> int:
         """Returns how many records have more tokens than a row has room for."""
-        sizes = np.diff(self.texts.ends[:], prepend=0)
+        sizes = self.texts.lengths()
         room = self.seq
         if self.template:
             room = self.template.room(self.seq, pair=self.pairs is not None)
         if self.pairs:
-            sizes = sizes + np.diff(self.pairs.ends[:], prepend=0)
+            sizes = sizes + self.pairs.lengths()
         return int((sizes > room).sum())
 
 
@@ -149,7 +149,7 @@ def open_classification(
         )
         for split in ('train', 'test')
     )
-    notes = [*about['card'].pop('notes', ())]
+    notes = []
     if cut := train.cut() + test.cut():
         notes.append(f'{cut} of {len(train) + len(test)} texts are cut to --seq={seq} tokens')
     sizes = {'train': len(train), 'test': len(test)}
@@ -158,7 +158,7 @@ def open_classification(
         test=test,
         class_names=tuple(about['class_names']),
         tokenizer=read,
-        card=Card(**{**about['card'], 'sizes': sizes, 'notes': tuple(notes)}),
+        card=saved_card(about['card'], sizes=sizes, notes=notes),
     )
 
 

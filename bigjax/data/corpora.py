@@ -10,10 +10,13 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from bigjax.data.card import Card
+from bigjax.data.user_files import file_stats
 from bigjax.experiment import UsageError
 
 SKIPPED_FOLDERS = {'site-packages', 'test', 'tests', 'idle_test', 'lib2to3', '__pycache__'}
 SPLITS = ('train', 'validation')
+STDLIB_LICENSE = 'Python Software Foundation License Version 2'
+STDLIB_CITATION = 'Python Software Foundation. The Python Standard Library.'
 # What separates the documents of a set that has them.
 SEPARATOR = b'\n\n'
 
@@ -72,8 +75,8 @@ def stdlib_corpus(*, data_dir: str) -> Corpus:
         name='stdlib',
         description=f'Source text of the standard library of {python}, '
         f'{sum(map(len, splits.values()))} files.',
-        license='Python Software Foundation License Version 2',
-        citation='Python Software Foundation. The Python Standard Library.',
+        license=STDLIB_LICENSE,
+        citation=STDLIB_CITATION,
         path=root,
         unit='tokens',
     )
@@ -130,32 +133,28 @@ def files_corpus(pattern: str) -> Corpus:
     """
     found = glob.glob(os.path.expanduser(pattern), recursive=True)
     paths = sorted(path for path in found if os.path.isfile(path))
-    stats = [os.stat(path) for path in paths]
-    total = sum(stat.st_size for stat in stats)
+    stats = file_stats(paths)
+    sizes = [size for _, size, _ in stats]
     if not paths:
         raise UsageError(
             f'--dataset=files:{pattern}: no file matches; try a pattern such as '
             '--dataset="files:texts/**/*.txt"'
         )
-    if not total:
+    if not sum(sizes):
         raise UsageError(f'--dataset=files:{pattern}: all {len(paths)} files are empty')
-    key = fingerprint(
-        (os.path.abspath(path), stat.st_size, stat.st_mtime_ns)
-        for path, stat in zip(paths, stats, strict=True)
-    )
 
     def documents(split: str) -> Iterator[tuple[str, bytes]]:
-        train, validation = split_files(paths, [stat.st_size for stat in stats])
+        train, validation = split_files(paths, sizes)
         for path, start, stop in train if split == 'train' else validation:
             yield path, Path(path).read_bytes()[start:stop]
 
     card = Card(
         name=f'files:{pattern}',
-        description=f'{len(paths)} files, {total} bytes.',
+        description=f'{len(paths)} files, {sum(sizes)} bytes.',
         path=os.path.dirname(os.path.abspath(paths[0])),
         unit='tokens',
     )
-    return Corpus(f'files-{key}', card, documents)
+    return Corpus(f'files-{fingerprint(stats)}', card, documents)
 
 
 Piece = tuple[str, int, int | None]

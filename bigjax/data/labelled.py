@@ -2,14 +2,15 @@
 
 import collections
 import dataclasses
-import hashlib
 import importlib.metadata
 import os
 from collections.abc import Callable, Iterable
+from typing import Any
 
 from bigjax.data.card import Card
-from bigjax.data.corpora import fingerprint
-from bigjax.data.csv_rows import Rows, read_csv
+from bigjax.data.corpora import fingerprint, stdlib_files
+from bigjax.data.csv_rows import Rows, first_text, read_csv
+from bigjax.data.user_files import file_stats, hold_out, listed, named_files, try_instead
 from bigjax.experiment import UsageError
 
 
@@ -52,8 +53,10 @@ def open_labelled(
     test_file: str,
     pair_column: str = '',
 ) -> LabelledSource:
-    """Returns the source named by `--dataset`: 'catalogues', 'csv:FILE' or 'tfds:NAME'."""
+    """Returns the source of `--dataset`: 'catalogues', 'docstrings', 'csv:FILE' or 'tfds:NAME'."""
     prefix, _, rest = dataset.partition(':')
+    if dataset == 'docstrings':
+        return docstring_source(data_dir=data_dir)
     if dataset == 'catalogues' or (prefix == 'catalogues' and rest):
         return catalogue_source(rest or 'django', data_dir=data_dir)
     if prefix == 'csv' and rest:
@@ -64,8 +67,8 @@ def open_labelled(
     if prefix == 'tfds' and rest:
         return tfds_source(rest, data_dir=data_dir, pair_column=pair_column)
     raise UsageError(
-        f'--dataset={dataset}: no such source of labelled text; there are catalogues, csv:FILE '
-        'and tfds:NAME; try --dataset=catalogues'
+        f'--dataset={dataset}: no such source of labelled text; there are catalogues, '
+        'docstrings, csv:FILE and tfds:NAME; ' + try_instead(dataset, 'csv', 'catalogues')
     )
 
 
@@ -82,17 +85,7 @@ def catalogue_source(package: str, *, data_dir: str) -> LabelledSource:
 
         config = builders.FilesConfig(name=key, root=root)
         builder = builders.build(builders.CatalogueLanguages, config, data_dir=data_dir)
-        rows = {split: list(builder.as_data_source(split=split)) for split in ('train', 'test')}
-        names = sorted({row['language'].decode() for part in rows.values() for row in part})
-        number = {name: label for label, name in enumerate(names)}
-        train, test = (
-            Texts(
-                [f'{builder.data_path} record {row}' for row in range(len(part))],
-                [row['text'] for row in part],
-                [number[row['language'].decode()] for row in part],
-            )
-            for part in rows.values()
-        )
+        names, train, test = built_texts(builder, 'language')
         card = Card(
             name=f'catalogues:{package}',
             description=f'Messages of {package} {version} in {len(names)} languages.',
@@ -105,6 +98,42 @@ def catalogue_source(package: str, *, data_dir: str) -> LabelledSource:
     return LabelledSource(f'catalogues-{key}', read)
 
 
+def docstring_source(*, data_dir: str) -> LabelledSource:
+    """Returns which module or package of the standard library a docstring is from."""
+    root, splits, python, key = stdlib_files()
+
+    def read() -> tuple[list[str], Texts, Texts, Card]:
+        from bigjax.data import source_builders as sources
+
+        config = sources.FilesConfig(name=key, root=root, splits=splits)
+        about = f'Where in the standard library of {python} a docstring stands.'
+        builder, card = sources.prepare(sources.DocstringOrigins, config, about, data_dir=data_dir)
+        return *built_texts(builder, 'origin'), dataclasses.replace(card, name='docstrings')
+
+    return LabelledSource(f'docstrings-{key}', read)
+
+
+def built_texts(builder: Any, label: str) -> tuple[list[str], Texts, Texts]:
+    """Returns class names, training and test texts of a TFDS builder of ours.
+
+    Args:
+        builder: has been prepared.
+        label: the feature, a text, that is the class.
+    """
+    parts = [list(builder.as_data_source(split=split)) for split in ('train', 'test')]
+    names = sorted({row[label].decode() for part in parts for row in part})
+    number = {name: index for index, name in enumerate(names)}
+    train, test = (
+        Texts(
+            [f'{builder.data_path} record {row}' for row in range(len(part))],
+            [row['text'] for row in part],
+            [number[row[label].decode()] for row in part],
+        )
+        for part in parts
+    )
+    return names, train, test
+
+
 def csv_source(path: str, test_path: str, columns: dict[str, str]) -> LabelledSource:
     """Returns a CSV file with a header; a tenth of its texts is held out unless a file is given.
 
@@ -113,15 +142,8 @@ def csv_source(path: str, test_path: str, columns: dict[str, str]) -> LabelledSo
         test_path: a file of held-out texts, or ''.
         columns: names of the columns by knob: text_column, label_column and maybe pair_column.
     """
-    files = {f'--dataset=csv:{path}': path}
-    if test_path:
-        files[f'--test_file={test_path}'] = test_path
-    for flag, name in files.items():
-        if not os.path.isfile(name):
-            raise UsageError(f'{flag}: no such file')
-    stats = [
-        (os.path.abspath(p), os.stat(p).st_size, os.stat(p).st_mtime_ns) for p in files.values()
-    ]
+    files = named_files(f'csv:{path}', path, test_path)
+    stats = file_stats(files.values())
 
     def read() -> tuple[list[str], Texts, Texts, Card]:
         parts = [read_csv(name, columns, flag=flag) for flag, name in files.items()]
@@ -132,10 +154,13 @@ def csv_source(path: str, test_path: str, columns: dict[str, str]) -> LabelledSo
             for name, rows in zip(files.values(), parts, strict=True)
             for note in noticed(rows, name, pair='pair_column' in columns)
         ]
+        parts = [with_plain_labels(rows) for rows in parts]
         if test_path:
             check_seen(parts[1], parts[0], test_path, path)
+            notes += noticed_in_both(parts[1], parts[0], test_path, path)
         else:
-            parts = list(hold_out(parts[0], path))
+            parts = list(hold_out(parts[0], first_text, f'csv:{path}', add='rows'))
+            notes += noticed_held_out(parts[1], parts[0], path)
         names = class_names(row[1] for rows in parts for _, row in rows)
         number = {name: label for label, name in enumerate(names)}
         train, test = (
@@ -168,6 +193,11 @@ def check_labels(rows: Rows, flag: str) -> None:
         )
 
 
+def with_plain_labels(rows: Rows) -> Rows:
+    """Returns the rows without the spaces around labels, which would make them other labels."""
+    return [(line, [text, label.strip(), *pair]) for line, (text, label, *pair) in rows]
+
+
 def check_seen(test: Rows, train: Rows, test_path: str, path: str) -> None:
     """Raises UsageError where held-out rows have labels that no training row has."""
     seen = {row[1] for _, row in train}
@@ -175,8 +205,8 @@ def check_seen(test: Rows, train: Rows, test_path: str, path: str) -> None:
     if unseen:
         raise UsageError(
             f'--test_file={test_path}: {len(unseen)} rows have labels that {path} has not: '
-            f'{", ".join(sorted({label for _, label in unseen}))}; the first is line '
-            f'{unseen[0][0]}; its labels are {", ".join(class_names(seen))}'
+            f'{listed(sorted({label for _, label in unseen}))}; the first is line '
+            f'{unseen[0][0]}; its labels are {listed(class_names(seen))}'
         )
 
 
@@ -190,12 +220,50 @@ def noticed(rows: Rows, path: str, *, pair: bool) -> list[str]:
                 f'{path}: {len(empty)} of {len(rows)} rows have an empty {what}, the first is '
                 f'line {empty[0]}'
             )
-    labels = collections.defaultdict(set)
+        broken = [line for line, row in rows if '\0' in row[place] or '\ufffd' in row[place]]
+        if broken:
+            notes.append(
+                f'{path}: {len(broken)} of {len(rows)} rows have characters in the {what} that a '
+                f'wrong encoding leaves (NUL or U+FFFD), the first is line {broken[0]}'
+            )
+    if wide := [line for line, row in rows if row[1] != row[1].strip()]:
+        notes.append(
+            f'{path}: {len(wide)} of {len(rows)} rows have spaces around the label, which are '
+            f'left out, the first is line {wide[0]}'
+        )
+    labels, spelt = collections.defaultdict(set), collections.defaultdict(set)
     for _, row in rows:
-        labels[row[0], *row[2:]].add(row[1])
+        label = row[1].strip()
+        labels[row[0], *row[2:]].add(label)
+        spelt[label.casefold()].add(label)
     if several := sum(len(found) > 1 for found in labels.values()):
         notes.append(f'{path}: {several} texts stand there with different labels')
+    if alike := [' and '.join(sorted(found)) for found in spelt.values() if len(found) > 1]:
+        notes.append(f'{path}: labels that differ in case only are different: {listed(alike)}')
     return notes
+
+
+def noticed_held_out(test: Rows, train: Rows, path: str) -> list[str]:
+    """Returns a note where labels stand in held-out rows only."""
+    lost = {row[1] for _, row in test} - {row[1] for _, row in train}
+    if not lost:
+        return []
+    return [
+        f'{path}: {len(lost)} labels stand in held-out rows only and cannot be learnt: '
+        f'{listed(class_names(lost))}; add rows, or name another file by --test_file'
+    ]
+
+
+def noticed_in_both(test: Rows, train: Rows, test_path: str, path: str) -> list[str]:
+    """Returns a note where held-out rows have texts that are trained on."""
+    seen = {(row[0], *row[2:]) for _, row in train}
+    both = [line for line, row in test if (row[0], *row[2:]) in seen]
+    if not both:
+        return []
+    return [
+        f'{test_path}: {len(both)} of {len(test)} rows have a text that {path} has, too, the first '
+        f'is line {both[0]}'
+    ]
 
 
 def class_names(labels: Iterable[str]) -> list[str]:
@@ -205,23 +273,6 @@ def class_names(labels: Iterable[str]) -> list[str]:
         return sorted(names, key=int)
     except ValueError:
         return sorted(names)
-
-
-def hold_out(rows: Rows, path: str) -> tuple[Rows, Rows]:
-    """Returns the rows that stay and a tenth, chosen by a hash of the text, that does not.
-
-    A text that stands in several rows is on one side only.
-    """
-    texts = {row[0] for _, row in rows}
-    order = sorted(texts, key=lambda text: hashlib.sha256(text.encode()).digest())
-    if len(order) < 2:
-        raise UsageError(
-            f'--dataset=csv:{path}: it has a single text, which cannot be both learnt from and '
-            'tested on; add rows, or name another file by --test_file'
-        )
-    out = set(order[: max(1, len(order) // 10)])
-    kept = [item for item in rows if item[1][0] not in out]
-    return kept, [item for item in rows if item[1][0] in out]
 
 
 def tfds_source(name: str, *, data_dir: str, pair_column: str = '') -> LabelledSource:
@@ -243,11 +294,8 @@ def tfds_source(name: str, *, data_dir: str, pair_column: str = '') -> LabelledS
         raise UsageError(
             f'--pair_column={pair_column}: {name} has no such feature; it has {features}'
         )
-    held_out = tuple(
-        split
-        for split in prepared_tfds.HELD_OUT
-        if split in builder.info.splits
-        and builder.as_data_source(split=f'{split}[:1]')[0][label] >= 0
+    held_out = prepared_tfds.labelled_splits(
+        builder, lambda split: builder.as_data_source(split=f'{split}[:1]')[0][label]
     )
     splits = prepared_tfds.chosen_splits(builder, held_out=held_out, percent=10)
 

@@ -1,12 +1,11 @@
 """Words with labels, read from CoNLL files, JSON lines and the standard library's source."""
 
-import hashlib
 import json
-import os
 from collections.abc import Callable
 
 from bigjax.data.card import Card
 from bigjax.data.corpora import fingerprint, stdlib_files
+from bigjax.data.user_files import file_stats, hold_out, named_files, read_text, try_instead
 from bigjax.experiment import UsageError
 
 # Where a text comes from, its words, their labels.
@@ -23,62 +22,19 @@ def open_sentences(dataset: str, test_file: str, data_dir: str) -> tuple[str, Re
     if prefix not in readers or not rest:
         raise UsageError(
             f'--dataset={dataset}: no such source of labelled words; there are stdlib, conll:FILE '
-            'and jsonl:FILE; try --dataset=stdlib'
+            'and jsonl:FILE; ' + try_instead(dataset, 'conll', 'stdlib')
         )
-    files = {f'--dataset={dataset}': os.path.expanduser(rest)}
-    if test_file:
-        files[f'--test_file={test_file}'] = os.path.expanduser(test_file)
-    for flag, path in files.items():
-        if not os.path.isfile(path):
-            raise UsageError(f'{flag}: no such file')
-    stats = [
-        (os.path.abspath(p), os.stat(p).st_size, os.stat(p).st_mtime_ns) for p in files.values()
-    ]
+    files = named_files(dataset, rest, test_file)
+    stats = file_stats(files.values())
 
     def read() -> tuple[list[Sentence], list[Sentence], Card]:
         train, *others = [readers[prefix](path, flag) for flag, path in files.items()]
-        if others:
-            test = others[0]
-        else:
-            train, test = hold_out(train, dataset)
-        card = Card(
-            name=dataset, description='Texts with labelled words.', path=os.path.abspath(rest)
-        )
-        return train, test, card
+        if not others:
+            train, *others = hold_out(train, lambda text: '\n'.join(text[1]), dataset)
+        card = Card(name=dataset, description='Texts with labelled words.', path=stats[0][0])
+        return train, others[0], card
 
     return f'{prefix}-{fingerprint(stats)}', read
-
-
-def hold_out(sentences: list[Sentence], dataset: str) -> tuple[list[Sentence], list[Sentence]]:
-    """Returns the texts that stay and a tenth, by a hash of its words, that does not."""
-
-    def digest(sentence: Sentence) -> bytes:
-        return hashlib.sha256('\n'.join(sentence[1]).encode()).digest()
-
-    order = sorted({digest(sentence) for sentence in sentences})
-    if len(order) < 2:
-        raise UsageError(
-            f'--dataset={dataset}: it has a single text, which cannot be both learnt from and '
-            'tested on; add texts, or name another file by --test_file'
-        )
-    out = set(order[: max(1, len(order) // 10)])
-    kept = [sentence for sentence in sentences if digest(sentence) not in out]
-    return kept, [sentence for sentence in sentences if digest(sentence) in out]
-
-
-def read_text(path: str, flag: str) -> str:
-    """Returns the text of a file in UTF-8.
-
-    Raises:
-        UsageError: it is not, from some line on.
-    """
-    with open(path, 'rb') as file:
-        data = file.read()
-    try:
-        return data.decode('utf-8-sig')
-    except UnicodeDecodeError as error:
-        line = data[: error.start].count(b'\n') + 1
-        raise UsageError(f'{flag}: line {line} is not UTF-8; save it as UTF-8') from error
 
 
 def read_conll(path: str, flag: str) -> list[Sentence]:
@@ -140,10 +96,11 @@ def stdlib_sentences(data_dir: str) -> tuple[str, Read]:
     root, splits, python, key = stdlib_files()
 
     def read() -> tuple[list[Sentence], list[Sentence], Card]:
-        from bigjax.data import builders, source_builders
+        from bigjax.data import source_builders as sources
 
-        config = builders.FilesConfig(name=key, root=root, splits=splits)
-        builder = builders.build(source_builders.PythonNames, config, data_dir=data_dir)
+        config = sources.FilesConfig(name=key, root=root, splits=splits)
+        about = f'Names in the source of the standard library of {python}.'
+        builder, card = sources.prepare(sources.PythonNames, config, about, data_dir=data_dir)
         train, test = (
             [
                 (
@@ -154,13 +111,6 @@ def stdlib_sentences(data_dir: str) -> tuple[str, Read]:
                 for number, row in enumerate(builder.as_data_source(split=split))
             ]
             for split in ('train', 'validation')
-        )
-        card = Card(
-            name='stdlib',
-            description=f'Names in the source of the standard library of {python}.',
-            license=source_builders.LICENSE,
-            citation=source_builders.CITATION,
-            path=str(builder.data_path),
         )
         return train, test, card
 

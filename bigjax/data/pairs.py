@@ -10,8 +10,8 @@ from collections.abc import Callable
 
 from bigjax.data.card import Card
 from bigjax.data.corpora import fingerprint
-from bigjax.data.csv_rows import Rows, read_csv
-from bigjax.data.labelled import hold_out
+from bigjax.data.csv_rows import Rows, first_text, read_csv
+from bigjax.data.user_files import file_stats, hold_out, named_files, try_instead
 from bigjax.experiment import UsageError
 
 # Installed packages whose catalogues are read; {} is a language as JupyterLab spells it.
@@ -62,7 +62,7 @@ def open_pairs(
         return tfds_pairs(rest, columns, data_dir=data_dir)
     raise UsageError(
         f'--dataset={dataset}: no such source of pairs; there are catalogues:LANG (such as de), '
-        'csv:FILE and tfds:NAME; try --dataset=catalogues:zh'
+        'csv:FILE and tfds:NAME; ' + try_instead(dataset, 'csv', 'catalogues:zh')
     )
 
 
@@ -114,15 +114,8 @@ def csv_pairs(path: str, test_path: str, columns: dict[str, str]) -> PairSource:
         test_path: a file of held-out pairs, or ''.
         columns: names of the columns by knob: source_column and target_column.
     """
-    files = {f'--dataset=csv:{path}': path}
-    if test_path:
-        files[f'--test_file={test_path}'] = test_path
-    for flag, name in files.items():
-        if not os.path.isfile(name):
-            raise UsageError(f'{flag}: no such file')
-    stats = [
-        (os.path.abspath(p), os.stat(p).st_size, os.stat(p).st_mtime_ns) for p in files.values()
-    ]
+    files = named_files(f'csv:{path}', path, test_path)
+    stats = file_stats(files.values())
 
     def read() -> Pairs:
         left_out = {'empty': 0, 'doubles': 0, 'of the test file': 0}
@@ -132,7 +125,9 @@ def csv_pairs(path: str, test_path: str, columns: dict[str, str]) -> PairSource:
             if not parts[-1]:
                 both = ' and '.join(columns.values())
                 raise UsageError(f'{flag}: no row has text in both {both}')
-        train, test = parts if test_path else hold_out(parts[0], path)
+        if not test_path:
+            parts = list(hold_out(parts[0], first_text, f'csv:{path}', add='rows'))
+        train, test = parts
         held_out = {row[0] for _, row in test}
         kept = [row for row in train if row[1][0] not in held_out]
         left_out['of the test file'] += len(train) - len(kept)

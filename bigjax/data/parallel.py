@@ -8,8 +8,9 @@ from typing import Literal
 
 import numpy as np
 
-from bigjax.data.card import Card, MappedArray, load_json, prepared, save_json
+from bigjax.data.card import Card, MappedArray, load_json, prepared, save_json, saved_card
 from bigjax.data.pairs import Pair, PairSource, open_pairs
+from bigjax.data.ragged import Ragged
 from bigjax.data.tokenizers import Tokenizer, make_tokenizer, read_tokenizer, tokenizer_name
 from bigjax.experiment import UsageError
 
@@ -23,33 +24,26 @@ class Lines:
     """Texts one after the other, and the tokens of each.
 
     Attributes:
-        tokens: of all texts, integers [n].
-        token_ends: where each text ends in `tokens`, int64 [N].
-        utf8: all texts, uint8 [m].
-        utf8_ends: where each text ends in `utf8`, int64 [N].
+        tokens: of the texts.
+        utf8: the texts themselves, bytes.
     """
 
-    tokens: MappedArray
-    token_ends: MappedArray
-    utf8: MappedArray
-    utf8_ends: MappedArray
+    tokens: Ragged
+    utf8: Ragged
 
     def lengths(self) -> np.ndarray:
         """Returns the tokens of each text, int64 [N]."""
-        return np.diff(self.token_ends[:], prepend=0)
+        return self.tokens.lengths()
 
     def text(self, row: int) -> str:
         """Returns one text, whole."""
-        start = self.utf8_ends[row - 1] if row else 0
-        return self.utf8[start : self.utf8_ends[row]].tobytes().decode()
+        return self.utf8.one(row).tobytes().decode()
 
     def rows(self, indices: np.ndarray, *, seq: int, end: int) -> np.ndarray:
         """Returns int32 [n, seq]: tokens, the end, then -1; a longer text is cut and has no end."""
-        starts = np.where(indices > 0, self.token_ends[np.maximum(indices - 1, 0)], 0)
-        places = starts[:, None] + np.arange(seq)[None]
-        beyond = places - self.token_ends[indices][:, None]
-        tokens = self.tokens[np.where(beyond < 0, places, 0)].astype(np.int32)
-        return np.where(beyond < 0, tokens, np.where(beyond == 0, end, -1)).astype(np.int32)
+        lengths = self.tokens.ends[indices] - self.tokens.starts(indices)
+        behind = np.arange(seq)[None] == lengths[:, None]
+        return np.where(behind, np.int32(end), self.tokens.rows(indices, seq))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +63,7 @@ class PairRows:
     end: int
 
     def __len__(self) -> int:
-        return len(self.source.token_ends)
+        return len(self.source.tokens)
 
     def take(self, indices: np.ndarray) -> dict[str, np.ndarray]:
         """Returns 'source' and 'target' int32 [n, seq], and 'row', which record each is."""
@@ -176,14 +170,13 @@ def open_parallel(
         PairRows(_lines(folder, f'{split}-source'), _lines(folder, f'{split}-target'), seq, end)
         for split in SPLITS
     )
-    about = load_json(folder / 'card.json')
     cut = {
         side: sum(int((getattr(rows, side).lengths() >= seq).sum()) for rows in (train, test))
         for side in SIDES
     }
-    notes = (f'{count} {side}s are cut to {seq} tokens' for side, count in cut.items() if count)
+    notes = [f'{count} {side}s are cut to {seq} tokens' for side, count in cut.items() if count]
     sizes = {'train': len(train), 'test': len(test)}
-    card = Card(**about | {'sizes': sizes, 'notes': (*about['notes'], *notes)})
+    card = saved_card(load_json(folder / 'card.json'), sizes=sizes, notes=notes)
     return ParallelData(train, test, own, begin, end, own.vocab_size + 2, card)
 
 
@@ -211,7 +204,10 @@ def _write_side(stem: Path, pairs: list[Pair], number: int, tokenizer: Tokenizer
 def _lines(folder: Path, stem: str) -> Lines:
     return Lines(
         *(
-            MappedArray(folder / f'{stem}-{kind}.npy')
-            for kind in ('tokens', 'tokens-ends', 'utf8', 'utf8-ends')
+            Ragged(
+                MappedArray(folder / f'{stem}-{kind}.npy'),
+                MappedArray(folder / f'{stem}-{kind}-ends.npy'),
+            )
+            for kind in ('tokens', 'utf8')
         )
     )

@@ -14,8 +14,14 @@ from bigjax.data.card import Card, MappedArray, prepared
 from bigjax.data.corpora import SPLITS, Corpus, open_corpus
 from bigjax.data.pipeline import Examples, Uniform
 from bigjax.data.subwords import SubwordTokenizer, Template
-from bigjax.data.text import documents
-from bigjax.data.tokenizers import make_tokenizer, read_tokenizer, tokenizer_name
+from bigjax.data.text import corpus_card, documents
+from bigjax.data.tokenizers import (
+    Tokenizer,
+    make_tokenizer,
+    read_tokenizer,
+    token_dtype,
+    tokenizer_name,
+)
 from bigjax.experiment import UsageError
 
 
@@ -81,6 +87,8 @@ class NextSentence:
     def __init__(self, passages: Passages):
         """Prepares; `passages` have room for pairs."""
         self.passages = passages
+        # The first sentence of each document, and the end.
+        self.heads = np.append(passages.documents[:], len(passages.sentences))
 
     def __call__(self, examples: Examples, uniform: Uniform) -> Examples:
         """Returns 'tokens' int32 [B, seq] and 'random' int32 [B], 1 where the second is that.
@@ -110,8 +118,7 @@ class NextSentence:
         return int(sentences[low + int(draw * (high - low))])
 
     def _elsewhere(self, owner: int, draw: float) -> np.ndarray:
-        source = self.passages
-        heads = np.append(source.documents[:], len(source.sentences))
+        source, heads = self.passages, self.heads
         own = slice(heads[owner], heads[owner + 1])
         others = len(source.sentences) - (own.stop - own.start)
         if others:
@@ -167,7 +174,7 @@ def open_passages(
         f'passages/{corpus.key}-{name}',
         lambda made: write_passages(made, corpus, tokenizer, vocab),
     )
-    read = masked_tokenizer(folder, name, tokenizer)
+    read = masked_tokenizer(read_tokenizer(folder, name), tokenizer)
     assert read.template is not None
     train, validation = (
         Passages(
@@ -180,24 +187,16 @@ def open_passages(
         )
         for split in SPLITS
     )
-    for split, passages in zip(SPLITS, (train, validation), strict=True):
-        if not len(passages):
-            raise UsageError(
-                f'--dataset={dataset}: its {split} text has {len(passages.tokens)} tokens, '
-                'too few to hide some of them'
-            )
-    sizes = {'train': len(train.tokens), 'validation': len(validation.tokens)}
-    card = dataclasses.replace(corpus.card, sizes=sizes)
+    card = corpus_card(corpus, dataset, (train, validation), lack='too few to hide some of them')
     return PassageData(train, validation, read, card)
 
 
-def masked_tokenizer(folder: Path, name: str, tokenizer: str) -> SubwordTokenizer:
-    """Returns the tokenizer in `folder`.
+def masked_tokenizer(read: Tokenizer, tokenizer: str) -> SubwordTokenizer:
+    """Returns a tokenizer that was read.
 
     Raises:
         UsageError: it lacks the special tokens that an encoder needs.
     """
-    read = read_tokenizer(folder, name)
     if not isinstance(read, SubwordTokenizer) or read.template is None or read.mask is None:
         raise UsageError(
             f'--tokenizer={tokenizer}: has no tokens for begin, end and mask; '
@@ -209,11 +208,9 @@ def masked_tokenizer(folder: Path, name: str, tokenizer: str) -> SubwordTokenize
 def write_passages(folder: Path, corpus: Corpus, tokenizer: str, vocab: int) -> None:
     """Writes tokens, sentences and documents of each split, and the tokenizer, into `folder`."""
     texts = lambda: (text.decode() for text in documents(corpus, 'train', utf8=True))  # noqa: E731
-    make_tokenizer(folder, tokenizer, vocab=vocab, texts=texts)
-    made = masked_tokenizer(folder, tokenizer_name(tokenizer, vocab), tokenizer)
-    dtype = np.uint16 if made.vocab_size <= 2**16 else np.uint32
+    made = masked_tokenizer(make_tokenizer(folder, tokenizer, vocab=vocab, texts=texts), tokenizer)
     for split in SPLITS:
-        tokens, size = [np.zeros(0, dtype)], 0
+        tokens, size = [np.zeros(0, token_dtype(made.vocab_size))], 0
         sentences: list[int] = []
         heads: list[int] = []
         for text in documents(corpus, split, utf8=True):

@@ -1,6 +1,7 @@
 """TFDS sets, read from the ArrayRecord files under the data folder, without TensorFlow."""
 
 import dataclasses
+from collections.abc import Callable
 
 import tensorflow_datasets as tfds
 
@@ -64,6 +65,24 @@ def text_feature(builder: tfds.core.DatasetBuilder, flag: str) -> str:
     return feature_of(builder, tfds.features.Text, flag)
 
 
+def labelled_splits(
+    builder: tfds.core.DatasetBuilder, first: Callable[[str], int]
+) -> tuple[str, ...]:
+    """Returns the held-out splits that have labels: ImageNet's test images, for one, have -1.
+
+    Args:
+        builder: the set.
+        first: the label of the first record of a split.
+    """
+    return tuple(
+        split
+        for split in HELD_OUT
+        if split in builder.info.splits
+        and builder.info.splits[split].num_examples
+        and first(split) >= 0
+    )
+
+
 def chosen_splits(builder: tfds.core.DatasetBuilder, *, held_out: tuple[str, ...], percent: int):
     """Returns the training and the held-out split, the latter cut off 'train' if there is none."""
     own = next((split for split in held_out if split in builder.info.splits), None)
@@ -122,15 +141,10 @@ def open_tfds_images(name: str, *, data_dir: str, frame: Frame) -> ImageData:
     flag = f'--dataset=tfds:{name}'
     image = feature_of(builder, tfds.features.Image, flag)
     label = feature_of(builder, tfds.features.ClassLabel, flag)
-    # ImageNet's test images have the label -1: it is their validation images that count.
-    labelled = tuple(
-        split
-        for split in HELD_OUT
-        if split in builder.info.splits
-        and builder.info.splits[split].num_examples
-        and TfdsImages(builder, split, image, label).open(0, 3)[1] >= 0
+    held_out = labelled_splits(
+        builder, lambda split: TfdsImages(builder, split, image, label).open(0, 3)[1]
     )
-    splits = chosen_splits(builder, held_out=labelled, percent=20)
+    splits = chosen_splits(builder, held_out=held_out, percent=20)
     sources = {
         split: TfdsImages(builder, chosen, image, label)
         for split, chosen in zip(('train', 'test'), splits, strict=True)

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import numpy as np
 
-from bigjax.data.card import Card, MappedArray, load_json, prepared, save_json
+from bigjax.data.card import Card, MappedArray, load_json, prepared, save_json, saved_card
 from bigjax.data.passages import masked_tokenizer
 from bigjax.data.pipeline import Examples
 from bigjax.data.ragged import Ragged, read_ragged, write_ragged
 from bigjax.data.squad import Asked, open_asked
 from bigjax.data.subwords import SubwordTokenizer, Template
-from bigjax.data.tokenizers import make_tokenizer, tokenizer_name
+from bigjax.data.tokenizers import make_tokenizer, read_tokenizer, tokenizer_name
 from bigjax.experiment import UsageError
 from bigjax.scores.answers import answer_scores
 
@@ -53,9 +53,9 @@ class Windows:
     bounds: np.ndarray = dataclasses.field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        sizes = np.minimum(np.diff(self.questions.ends[:], prepend=0), self.longest_question)
+        sizes = np.minimum(self.questions.lengths(), self.longest_question)
         room = self.template.room(self.seq, pair=True) - sizes
-        lengths = np.diff(self.contexts.ends[:], prepend=0)[self.asked[:, 0]]
+        lengths = self.contexts.lengths()[self.asked[:, 0]]
         bounds = [
             (question, start, min(start + size, length))
             for question, (size, length) in enumerate(
@@ -215,8 +215,8 @@ def open_questions(
     def write(folder: Path) -> None:
         train, test, card = read()
         texts = lambda: (text for one in train for text in (one.context, one.question))  # noqa: E731
-        make_tokenizer(folder, tokenizer, vocab=vocab, texts=texts)
-        made = masked_tokenizer(folder, name, tokenizer)
+        made = make_tokenizer(folder, tokenizer, vocab=vocab, texts=texts)
+        made = masked_tokenizer(made, tokenizer)
         lost = [
             write_asked(folder, s, part, made) for s, part in (('train', train), ('test', test))
         ]
@@ -227,7 +227,8 @@ def open_questions(
         save_json(folder / 'about.json', about)
 
     folder = prepared(data_dir, f'questions/{key}-{name}', write)
-    about, made = load_json(folder / 'about.json'), masked_tokenizer(folder, name, tokenizer)
+    about = load_json(folder / 'about.json')
+    made = masked_tokenizer(read_tokenizer(folder, name), tokenizer)
     assert made.template is not None
     train, test = (
         Windows(
@@ -243,11 +244,11 @@ def open_questions(
         for split in ('train', 'test')
     )
     asked = [Asked(**{**one, 'answers': tuple(one['answers'])}) for one in about['asked']]
-    notes: tuple[str, ...] = (f'{len(train)} and {len(test)} windows of the texts',)
+    notes = [f'{len(train)} and {len(test)} windows of the texts']
     if about['lost']:
-        notes += (f'{about["lost"]} answers have no token of their own and count as none',)
+        notes.append(f'{about["lost"]} answers have no token of their own and count as none')
     sizes = {'train': len(train.questions), 'test': len(test.questions)}
-    card = Card(**{**about['card'], 'sizes': sizes, 'notes': notes, 'unit': 'questions'})
+    card = saved_card(about['card'], sizes=sizes, notes=notes, unit='questions')
     return QuestionData(train, test, asked, made, card)
 
 

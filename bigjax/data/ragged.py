@@ -24,6 +24,10 @@ class Ragged:
     def __len__(self) -> int:
         return len(self.ends)
 
+    def lengths(self) -> np.ndarray:
+        """Returns the tokens of each text, int64 [N]."""
+        return np.diff(self.ends[:], prepend=0)
+
     def starts(self, indices: np.ndarray) -> np.ndarray:
         """Returns where texts begin in `tokens`, int64 [n]."""
         return np.where(indices > 0, self.ends[np.maximum(indices - 1, 0)], 0)

@@ -157,7 +157,7 @@ LEVELS = np.arange(256)
 def per_level(image: Image.Image, table: np.ndarray) -> Image.Image:
     """Looks each pixel up in a table [256] or [256, C], rounded and clipped."""
     table = np.minimum(np.maximum(np.rint(table), 0), 255).astype(np.uint8)
-    if image.mode == 'L':  # A fifth of what Pillow's `point` takes for a small image.
+    if image.mode == 'L':  # Faster than Pillow's `point` for a small image.
         return Image.frombytes('L', image.size, image.tobytes().translate(table.tobytes()))
     if table.ndim == 1:
         table = np.repeat(table[:, None], len(image.getbands()), 1)

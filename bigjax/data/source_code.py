@@ -1,4 +1,4 @@
-"""Labelled words and answered questions, read off Python source by its own parser."""
+"""Labelled words, answered questions and docstrings, read off Python source by its own parser."""
 
 import ast
 import io
@@ -144,6 +144,18 @@ def questions(source: bytes) -> Iterator[Question]:
             yield from page_questions(page)
             page = []
         page.append((name, text))
+
+
+def docstrings(source: bytes) -> Iterator[str]:
+    """Yields the docstrings of a file: its own, and those of its classes and functions."""
+    try:
+        tree = ast.parse(source)
+    except (SyntaxError, ValueError):
+        return
+    documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+    for node in ast.walk(tree):
+        if isinstance(node, documented) and (text := ast.get_docstring(node)):
+            yield text
 
 
 def page_questions(page: list[tuple[str, str]]) -> Iterator[Question]:

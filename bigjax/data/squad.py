@@ -1,14 +1,12 @@
 """Questions about texts, read from SQuAD's JSON format and the standard library's docstrings."""
 
 import dataclasses
-import hashlib
 import json
-import os
 from collections.abc import Callable
 
 from bigjax.data.card import Card
 from bigjax.data.corpora import fingerprint, stdlib_files
-from bigjax.data.labelled_words import read_text
+from bigjax.data.user_files import file_stats, hold_out, named_files, read_text, try_instead
 from bigjax.experiment import UsageError
 from bigjax.scores.answers import normalized
 
@@ -47,27 +45,17 @@ def open_asked(dataset: str, test_file: str, data_dir: str) -> tuple[str, Read]:
     if prefix != 'squad' or not rest:
         raise UsageError(
             f'--dataset={dataset}: no such source of questions; there are stdlib and '
-            'squad:FILE.json; try --dataset=stdlib'
+            'squad:FILE.json; ' + try_instead(dataset, 'squad', 'stdlib')
         )
-    files = {f'--dataset={dataset}': os.path.expanduser(rest)}
-    if test_file:
-        files[f'--test_file={test_file}'] = os.path.expanduser(test_file)
-    for flag, path in files.items():
-        if not os.path.isfile(path):
-            raise UsageError(f'{flag}: no such file')
-    stats = [
-        (os.path.abspath(p), os.stat(p).st_size, os.stat(p).st_mtime_ns) for p in files.values()
-    ]
+    files = named_files(dataset, rest, test_file)
+    stats = file_stats(files.values())
 
     def read() -> tuple[list[Asked], list[Asked], Card]:
         train, *others = [read_squad(path, flag) for flag, path in files.items()]
-        train, test = (train, others[0]) if others else hold_out(train, dataset)
-        card = Card(
-            name=dataset,
-            description='Questions about texts, in the format of SQuAD.',
-            path=os.path.abspath(os.path.expanduser(rest)),
-        )
-        return train, test, card
+        if not others:
+            train, *others = hold_out(train, lambda one: one.context, dataset)
+        description = 'Questions about texts, in the format of SQuAD.'
+        return train, others[0], Card(name=dataset, description=description, path=stats[0][0])
 
     return f'squad-{fingerprint(stats)}', read
 
@@ -114,32 +102,18 @@ def read_question(context: str, one: dict, flag: str) -> Asked:
     return Asked(context, one['question'], tuple(dict.fromkeys([*first, *texts])), start)
 
 
-def hold_out(asked: list[Asked], dataset: str) -> tuple[list[Asked], list[Asked]]:
-    """Returns the questions that stay, and those about a tenth of the texts, by hash."""
-    order = sorted({one.context for one in asked}, key=_digest)
-    if len(order) < 2:
-        raise UsageError(
-            f'--dataset={dataset}: it has a single text, which cannot be both learnt from and '
-            'tested on; add texts, or name another file by --test_file'
-        )
-    out = set(order[: max(1, len(order) // 10)])
-    kept = [one for one in asked if one.context not in out]
-    return kept, [one for one in asked if one.context in out]
-
-
-def _digest(text: str) -> bytes:
-    return hashlib.sha256(text.encode()).digest()
-
-
 def stdlib_asked(data_dir: str) -> tuple[str, Read]:
     """Returns questions about the docstrings of the standard library."""
     root, splits, python, key = stdlib_files()
 
     def read() -> tuple[list[Asked], list[Asked], Card]:
-        from bigjax.data import builders, source_builders
+        from bigjax.data import source_builders as sources
 
-        config = builders.FilesConfig(name=key, root=root, splits=splits)
-        builder = builders.build(source_builders.DocstringQuestions, config, data_dir=data_dir)
+        config = sources.FilesConfig(name=key, root=root, splits=splits)
+        about = f'What functions in the standard library of {python} return or raise.'
+        builder, card = sources.prepare(
+            sources.DocstringQuestions, config, about, data_dir=data_dir
+        )
         train, test = (
             [
                 Asked(
@@ -151,13 +125,6 @@ def stdlib_asked(data_dir: str) -> tuple[str, Read]:
                 for row in builder.as_data_source(split=split)
             ]
             for split in ('train', 'validation')
-        )
-        card = Card(
-            name='stdlib',
-            description=f'What functions in the standard library of {python} return or raise.',
-            license=source_builders.LICENSE,
-            citation=source_builders.CITATION,
-            path=str(builder.data_path),
         )
         return train, test, card
 

@@ -4,15 +4,14 @@ HF `tokenizers` does the work; here is what BERT-like models need to know of it.
 """
 
 import dataclasses
-import itertools
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from bigjax.data.tokenizers import DOCUMENTS_AT_ONCE, byte_letters
+from bigjax.data.tokenizers import byte_letters, encoded, token_dtype
 from bigjax.experiment import UsageError
 
 if TYPE_CHECKING:
@@ -80,37 +79,26 @@ class SubwordTokenizer:
         self.model.no_padding()
         # A text that holds '[SEP]' holds these five characters, not the end of a text.
         self.model.encode_special_tokens = True
-        pieces = self.model.get_vocab()
+        pieces, decoder = self.model.get_vocab(), str(self.model.decoder)
         self.vocab_size = max(pieces.values()) + 1
         self.name = f'subwords{self.vocab_size}'
         added = self.model.get_added_tokens_decoder()
         self.special = np.zeros(self.vocab_size, bool)
         self.special[[number for number, token in added.items() if token.special]] = True
         self.special[[pieces[p] for p in (*BERT_SPECIAL, *ROBERTA_SPECIAL) if p in pieces]] = True
-        self.byte_level = 'ByteLevel' in str(self.model.decoder)
+        self.byte_level = 'ByteLevel' in decoder
+        byte_of = {letter: byte for byte, letter in enumerate(byte_letters())}
         self.continues = np.zeros(self.vocab_size, bool)
         self.token_bytes = np.zeros(self.vocab_size, np.int32)
         for piece, number in pieces.items():
             if not self.special[number]:
-                self.continues[number], self.token_bytes[number] = self._measure(piece)
+                self.continues[number], self.token_bytes[number] = measured(piece, decoder, byte_of)
         own = ROBERTA_SPECIAL if '<mask>' in pieces else BERT_SPECIAL
         begin, end, _, self.unknown, self.mask = (pieces.get(piece) for piece in own)
         self.template = None
         if begin is not None and end is not None:
             # RoBERTa ends the first text and begins the second with </s>.
             self.template = Template(begin, (end,) * (2 if own is ROBERTA_SPECIAL else 1), end)
-
-    def _measure(self, piece: str) -> tuple[bool, int]:
-        """Returns whether a piece goes on with a word, and how many bytes it stands for."""
-        if self.byte_level:
-            # One letter a byte; spaces and signs begin anew.
-            first = byte_letters().index(piece[0])
-            return first >= 0x80 or chr(first).isalnum(), len(piece)
-        if 'Fuse' in str(self.model.decoder):  # SentencePiece
-            is_byte = piece.startswith('<0x')
-            size = 1 if is_byte else len(piece.replace('▁', ' ').encode())
-            return not piece.startswith('▁'), size
-        return piece.startswith('##'), len(piece.removeprefix('##').encode())
 
     def encode(self, text: str) -> np.ndarray:
         """Returns the tokens of `text`, int32 [n], without special ones around it."""
@@ -132,11 +120,7 @@ class SubwordTokenizer:
 
     def encode_documents(self, documents: Iterable[bytes]) -> Iterator[np.ndarray]:
         """Yields the tokens of each document, uint16 or uint32 [n]."""
-        dtype = np.uint16 if self.vocab_size <= 2**16 else np.uint32
-        for part in itertools.batched(documents, DOCUMENTS_AT_ONCE):
-            texts = [document.decode() for document in part]
-            for encoding in self.model.encode_batch_fast(texts, add_special_tokens=False):
-                yield np.array(encoding.ids, dtype)
+        return encoded(self.model, documents, token_dtype(self.vocab_size))
 
     def decode(self, tokens: Sequence[int] | np.ndarray) -> str:
         """Returns the text of `tokens`, without negative and special ones."""
@@ -146,6 +130,26 @@ class SubwordTokenizer:
     def save(self, folder: Path) -> None:
         """Writes tokenizer.json into `folder`."""
         self.model.save(str(folder / 'tokenizer.json'))
+
+
+def measured(piece: str, decoder: str, byte_of: Mapping[str, int]) -> tuple[bool, int]:
+    """Returns whether a piece goes on with a word, and how many bytes it stands for.
+
+    Args:
+        piece: its letters in the vocabulary.
+        decoder: description of the tokenizer's decoder.
+        byte_of: the byte of each letter in a byte-level vocabulary.
+    """
+    # What was added to a byte-level vocabulary stands there as it is, such as runs of spaces.
+    if 'ByteLevel' in decoder and piece[0] in byte_of:
+        # One letter a byte; spaces and signs begin anew.
+        first = byte_of[piece[0]]
+        return first >= 0x80 or chr(first).isalnum(), len(piece)
+    if 'Fuse' in decoder:  # SentencePiece
+        is_byte = piece.startswith('<0x')
+        size = 1 if is_byte else len(piece.replace('▁', ' ').encode())
+        return not piece.startswith('▁'), size
+    return piece.startswith('##'), len(piece.removeprefix('##').encode())
 
 
 def train_subwords(texts: Iterable[str], *, kind: str, vocab: int, path: Path) -> None:

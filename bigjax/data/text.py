@@ -2,8 +2,9 @@
 
 import dataclasses
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
@@ -81,19 +82,39 @@ def open_language(
         lambda made: write_tokens(made, corpus, tokenizer, vocab),
     )
     train, validation = (Windows(MappedArray(folder / f'{split}.npy'), seq) for split in SPLITS)
-    for split, windows in zip(SPLITS, (train, validation), strict=True):
-        if not len(windows):
-            raise UsageError(
-                f'--dataset={dataset}: its {split} text has {len(windows.tokens)} tokens, '
-                'and a language model needs at least 2'
-            )
-    sizes = {'train': len(train.tokens), 'validation': len(validation.tokens)}
+    lack = 'and a language model needs at least 2'
     return LanguageData(
         train=train,
         validation=validation,
         tokenizer=read_tokenizer(folder, name),
-        card=dataclasses.replace(corpus.card, sizes=sizes),
+        card=corpus_card(corpus, dataset, (train, validation), lack=lack),
     )
+
+
+class Tokens(Protocol):
+    """Records cut from one array of tokens."""
+
+    @property
+    def tokens(self) -> MappedArray | np.ndarray:
+        """All tokens, integers [n]."""
+
+    def __len__(self) -> int:
+        """Returns the number of records."""
+
+
+def corpus_card(corpus: Corpus, dataset: str, parts: Sequence[Tokens], *, lack: str) -> Card:
+    """Returns a corpus's card with the tokens of each split.
+
+    Raises:
+        UsageError: a split gives no record; `lack` ends the sentence that says so.
+    """
+    for split, part in zip(SPLITS, parts, strict=True):
+        if not len(part):
+            raise UsageError(
+                f'--dataset={dataset}: its {split} text has {len(part.tokens)} tokens, {lack}'
+            )
+    sizes = {split: len(part.tokens) for split, part in zip(SPLITS, parts, strict=True)}
+    return dataclasses.replace(corpus.card, sizes=sizes)
 
 
 def write_tokens(folder: Path, corpus: Corpus, tokenizer: str, vocab: int) -> None:

@@ -8,13 +8,14 @@ from pathlib import Path
 
 import numpy as np
 
-from bigjax.data.card import Card, load_json, prepared, save_json
+from bigjax.data.card import Card, load_json, prepared, save_json, saved_card
 from bigjax.data.labelled_words import Sentence, open_sentences
 from bigjax.data.passages import masked_tokenizer
 from bigjax.data.pipeline import Examples
 from bigjax.data.ragged import Ragged, read_ragged, write_ragged
 from bigjax.data.subwords import SubwordTokenizer, Template
-from bigjax.data.tokenizers import make_tokenizer, tokenizer_name
+from bigjax.data.tokenizers import make_tokenizer, read_tokenizer, tokenizer_name
+from bigjax.data.user_files import listed
 from bigjax.experiment import UsageError
 from bigjax.scores.entities import entity_scores, entity_types, score_names
 
@@ -163,19 +164,31 @@ def open_token_labels(
     def write(folder: Path) -> None:
         train, test, card = read()
         texts = lambda: (' '.join(words) for _, words, _ in train)  # noqa: E731
-        make_tokenizer(folder, tokenizer, vocab=vocab, texts=texts)
-        made = masked_tokenizer(folder, name, tokenizer)
-        names = label_names(train)
+        made = make_tokenizer(folder, tokenizer, vocab=vocab, texts=texts)
+        made = masked_tokenizer(made, tokenizer)
+        names, notes = label_names(train), list(card.notes)
+        if test_file:
+            check_seen(test, names, test_file)
+        elif lost := [name for name in label_names(test) if name not in names]:
+            names = label_names([*train, *test])
+            notes.append(
+                f'{len(lost)} labels stand in held-out texts only and cannot be learnt: '
+                f'{listed(lost)}; add texts, or name another file by --test_file'
+            )
         if len(names) < 2:
-            raise UsageError(f'--dataset={dataset}: all words have the label {names[0]!r}')
-        check_seen(test, names, test_file)
+            raise UsageError(
+                f'--dataset={dataset}: all words have the label {names[0]!r}; labels are needed '
+                'that differ'
+            )
         for split, part in (('train', train), ('test', test)):
             write_aligned(folder, split, part, names, made)
-        about = {'class_names': names, 'card': dataclasses.asdict(card)}
+        saved = dataclasses.asdict(dataclasses.replace(card, notes=tuple(notes)))
+        about = {'class_names': names, 'card': saved}
         save_json(folder / 'about.json', about)
 
     folder = prepared(data_dir, f'labels/{key}-{name}', write)
-    about, made = load_json(folder / 'about.json'), masked_tokenizer(folder, name, tokenizer)
+    about = load_json(folder / 'about.json')
+    made = masked_tokenizer(read_tokenizer(folder, name), tokenizer)
     assert made.template is not None
     train, test = (
         LabelRows(
@@ -187,10 +200,10 @@ def open_token_labels(
         for split in ('train', 'test')
     )
     sizes = {'train': len(train.tokens), 'test': len(test.tokens)}
-    notes = tuple(about['card'].pop('notes', ()))
+    notes = []
     if more := len(train) + len(test) - sum(sizes.values()):
-        notes += (f'long texts are cut between words, into {more} rows more than there are texts',)
-    card = Card(**{**about['card'], 'sizes': sizes, 'notes': notes, 'unit': 'texts'})
+        notes = [f'long texts are cut between words, into {more} rows more than there are texts']
+    card = saved_card(about['card'], sizes=sizes, notes=notes, unit='texts')
     return LabelData(train, test, tuple(about['class_names']), made, card)
 
 
@@ -205,10 +218,10 @@ def check_seen(test: list[Sentence], names: list[str], test_file: str) -> None:
     known = set(names)
     unseen = [(place, label) for place, _, labels in test for label in labels if label not in known]
     if unseen:
-        where = f'--test_file={test_file}' if test_file else 'the held-out tenth'
         raise UsageError(
-            f'{where}: {len(unseen)} words have labels that the training texts have not: '
-            f'{", ".join(sorted({label for _, label in unseen}))}; the first is in {unseen[0][0]}'
+            f'--test_file={test_file}: {len(unseen)} words have labels that the training texts have'
+            f' not: {listed(sorted({label for _, label in unseen}))}; the first is in '
+            f'{unseen[0][0]}; their labels are {listed(names)}'
         )
 
 

@@ -8,11 +8,14 @@ import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from bigjax.experiment import UsageError
+
+if TYPE_CHECKING:
+    import tokenizers
 
 # Documents that HF `tokenizers` encodes in one call, on all cores.
 DOCUMENTS_AT_ONCE = 64
@@ -94,14 +97,25 @@ class BpeTokenizer:
 
     def encode_documents(self, documents: Iterable[bytes]) -> Iterator[np.ndarray]:
         """Yields the tokens of each document, uint16 or uint32 [n]."""
-        dtype = np.uint16 if self.vocab_size <= 2**16 else np.uint32
-        for part in itertools.batched(documents, DOCUMENTS_AT_ONCE):
-            texts = [document.decode() for document in part]
-            for encoding in self.model.encode_batch_fast(texts):
-                yield np.array(encoding.ids, dtype)
+        return encoded(self.model, documents, token_dtype(self.vocab_size))
 
     def save(self, folder: Path) -> None:
         self.model.save(str(folder / 'tokenizer.json'))
+
+
+def token_dtype(vocab_size: int) -> type[np.unsignedinteger]:
+    """Returns the smaller of uint16 and uint32 that holds every token."""
+    return np.uint16 if vocab_size <= 2**16 else np.uint32
+
+
+def encoded(
+    model: 'tokenizers.Tokenizer', documents: Iterable[bytes], dtype: type[np.unsignedinteger]
+) -> Iterator[np.ndarray]:
+    """Yields the tokens of each document, `dtype` [n], without special ones around it."""
+    for part in itertools.batched(documents, DOCUMENTS_AT_ONCE):
+        texts = [document.decode() for document in part]
+        for encoding in model.encode_batch_fast(texts, add_special_tokens=False):
+            yield np.array(encoding.ids, dtype)
 
 
 def byte_letters() -> list[str]:

@@ -235,8 +235,8 @@ def test_csv_errors(tmp_path, content, options, message):
     [
         (
             'tweets',
-            '--dataset=tweets: no such source of labelled text; there are catalogues, csv:FILE '
-            'and tfds:NAME; try --dataset=catalogues',
+            '--dataset=tweets: no such source of labelled text; there are catalogues, docstrings, '
+            'csv:FILE and tfds:NAME; try --dataset=catalogues',
         ),
         (
             'catalogues:nopackage',

@@ -119,10 +119,25 @@ def test_labels_that_training_texts_have_not_are_refused(data_for, tmp_path):
     write_conll(tmp_path / 'other.txt', [(['a', 'b', 'c'], ['O', 'B-thing', 'B-thing'])])
     message = (
         f'--test_file={tmp_path}/other.txt: 2 words have labels that the training texts have not: '
-        f'B-thing; the first is in {tmp_path}/other.txt line 3'
+        f'B-thing; the first is in {tmp_path}/other.txt line 3; their labels are O, B-person, '
+        'B-place, I-place'
     )
     with pytest.raises(UsageError, match=f'^{re.escape(message)}$'):
         data_for(test_file=f'{tmp_path}/other.txt')
+
+
+def test_labels_that_are_held_out_only_are_counted(tmp_path):
+    texts = [([f'word{n}', 'other'], [f'B-rare{n}' if n > 19 else 'O', 'O']) for n in range(40)]
+    write_conll(tmp_path / 'train.txt', texts)
+    data = open_token_labels(f'conll:{tmp_path}/train.txt', seq=16, data_dir=str(tmp_path / 'data'),
+                             tokenizer='wordpiece', vocab=280)  # fmt: skip
+    held_out = {data.class_names[n] for n in data.test.labels.tokens[:] if n >= 0} - {'O'}
+    assert len(data.class_names) == 21
+    assert held_out
+    assert data.card.notes == (
+        f'{len(held_out)} labels stand in held-out texts only and cannot be learnt: '
+        f'{", ".join(sorted(held_out))}; add texts, or name another file by --test_file',
+    )
 
 
 def test_names_in_source_are_those_the_parser_sees():

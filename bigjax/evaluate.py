@@ -6,17 +6,18 @@ from typing import Any
 import jax
 import numpy as np
 
-from bigjax import optimizers, sharding
+from bigjax import losses, optimizers, sharding
 from bigjax.data import pipeline
 from bigjax.experiment import Experiment, UsageError
 from bigjax.predict import Predictor
 from bigjax.state import Setup, TrainState
 from bigjax.task import Batch, Metrics
 
+MACRO_F1 = 'macro_f1'
 # Metrics that are better high; all others are better low.
-HIGHER_IS_BETTER = ('accuracy', 'top_5_accuracy')
-# Counts are summed over the data, not averaged.
-COUNTS = ('confusion',)
+HIGHER_IS_BETTER = ('accuracy', 'top_5_accuracy', MACRO_F1)
+# Counts, which are summed over the data, not averaged; their score is added.
+CONFUSION = 'confusion'
 
 
 def evaluate(
@@ -43,7 +44,7 @@ def evaluate(
         previous = current
     add(previous)
     return {
-        name: value if name in COUNTS else value / np.maximum(weight, 1.0)
+        name: value if name == CONFUSION else value / np.maximum(weight, 1.0)
         for name, (value, weight) in totals.items()
     }
 
@@ -81,7 +82,7 @@ class Evaluator:
         for name, records in self._experiment.data.evals.items():
             row, state = pipeline.eval_batches(records, batch=1)[0], plan.abstract
             metrics = jax.eval_shape(eval_step, state.params, state.extra, row)
-            names = [metric for metric in metrics if metric not in COUNTS]
+            names = [MACRO_F1 if metric == CONFUSION else metric for metric in metrics]
             found += [f'{name}/{metric}' for metric in (*names, *self._experiment.score_names)]
         return found
 
@@ -116,6 +117,8 @@ class Evaluator:
                 dataset, place=lambda batch: sharding.shard_batch(batch, placed)
             )
             scores[name] = evaluate(self._eval_step, params, state.extra, batches)
+            if CONFUSION in scores[name]:
+                scores[name][MACRO_F1] = losses.macro_f1(scores[name][CONFUSION])
             if score and self._predictor:
                 scores[name] |= self._predictor.scores(params, state.extra, records)
         return scores

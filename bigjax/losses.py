@@ -5,6 +5,7 @@ Shapes: ... = any leading dimensions, C = classes, N = the leading dimensions fl
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 def cross_entropy(
@@ -82,3 +83,17 @@ def confusion(logits: jax.Array, labels: jax.Array, weights: jax.Array | None = 
     if weights is not None:
         truth_NC = truth_NC * weights.reshape(-1)[:, None]
     return jnp.matmul(truth_NC.T, guess_NC, precision=jax.lax.Precision.HIGHEST)
+
+
+def macro_f1(confusion_CC: np.ndarray) -> np.ndarray:
+    """Mean over classes of F1 = 2 right / (truths + predictions), without those that never occur.
+
+    Args:
+        confusion_CC: [C, C] counts, row = truth, column = prediction.
+
+    Returns:
+        A float64 number, 0 where nothing was counted.
+    """
+    counts_C = confusion_CC.sum(0) + confusion_CC.sum(1)
+    f1_C = 2 * np.diagonal(confusion_CC)[counts_C > 0] / counts_C[counts_C > 0]
+    return np.asarray(f1_C.mean() if f1_C.size else 0.0)

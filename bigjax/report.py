@@ -17,6 +17,7 @@ from bigjax import units
 from bigjax.metrics import read_metrics
 
 _WIDTH = 100
+_HEAD = 8  # letters of a class at the head of a column
 _MAX_CLASSES = 30  # more would push everything else off the screen
 
 
@@ -150,7 +151,7 @@ def _classification_text(scores, names, counts, present) -> str:
     if len(names) <= _MAX_CLASSES:
         shown = counts[np.ix_(present, present)].round().astype(int)
         cell = max(3, len(str(shown.max())))
-        heads = [str(c) for c in present]
+        heads = [name[:_HEAD] for name in names]
         cell = max(cell, *(len(head) for head in heads))
         lines += ['', 'confusion matrix (row = truth, column = prediction)']
         lines.append(' ' * width + ''.join(f'  {head:>{cell}}' for head in heads))

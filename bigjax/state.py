@@ -64,6 +64,17 @@ def replaced(tree: Any, leaves: Mapping[str, jax.Array]) -> Any:
     )
 
 
+def variables(state: TrainState) -> dict[str, Any]:
+    """Returns what a model is applied with."""
+    return {'params': state.params, **state.extra}
+
+
+def check_pretrained(experiment: Experiment, plan: Setup) -> None:
+    """Raises UsageError where the weights that a new run would start from do not fit."""
+    if experiment.pretrained and experiment.pretrained.path:
+        experiment.pretrained.match(variables(plan.abstract))
+
+
 def first_state(experiment: Experiment, plan: Setup) -> TrainState:
     """Returns the state of step 0, born sharded: random, or with pretrained weights.
 
@@ -73,10 +84,7 @@ def first_state(experiment: Experiment, plan: Setup) -> TrainState:
     init = make_init(experiment.task, experiment.optimizer, experiment.run.seed)
     loaded = {}
     if experiment.pretrained and experiment.pretrained.path:
-        variables, placed = (
-            {'params': state.params, **state.extra} for state in (plan.abstract, plan.shardings)
-        )
-        loaded = experiment.pretrained.load(variables, placed)
+        loaded = experiment.pretrained.load(variables(plan.abstract), variables(plan.shardings))
     # One program makes every leaf, so that several processes own them all alike; the random draws
     # that pretrained weights replace are not in it.
     return jax.jit(init, out_shardings=plan.shardings, donate_argnums=0)(loaded)

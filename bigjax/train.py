@@ -23,7 +23,7 @@ from bigjax.identity import Identity
 from bigjax.interrupt import catch_interrupts
 from bigjax.metrics import TimeSplit, Writer
 from bigjax.profile import Profile
-from bigjax.state import TrainState, first_state, setup
+from bigjax.state import TrainState, check_pretrained, first_state, setup
 from bigjax.task import Batch
 
 
@@ -96,6 +96,8 @@ def train(experiment: Experiment, identity: Identity, workdir: Path) -> Outcome:
     # ---- Where everything lives ----
     plan = setup(experiment)
     evaluator = Evaluator(experiment, plan)
+    if not (workdir / 'run.json').exists():
+        check_pretrained(experiment, plan)
     identity.claim(workdir)
     description = describe.describe(experiment, identity, plan, workdir)
     if jax.process_index() == 0:

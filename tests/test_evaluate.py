@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from sklearn.metrics import f1_score
 
 from bigjax.data.pipeline import ArrayRecords
 from bigjax.evaluate import Evaluator, evaluate
@@ -83,6 +84,14 @@ def test_ragged_data_is_evaluated_exactly(batch, eval_batch):
         np.testing.assert_allclose(scores[name]['loss'], loss, rtol=1e-6)
         np.testing.assert_allclose(scores[name]['accuracy'], accuracy, rtol=1e-12)
         np.testing.assert_array_equal(scores[name]['confusion'], confusion)
+        truth, guess = np.nonzero(confusion)
+        f1 = f1_score(truth, guess, average='macro', sample_weight=confusion[truth, guess])
+        np.testing.assert_allclose(scores[name]['macro_f1'], f1, rtol=1e-12)
+
+
+def test_macro_f1_can_be_monitored_and_is_better_high():
+    evaluator = Evaluator(experiment := make(monitor='test/macro_f1'), setup(experiment))
+    assert evaluator.badness({'test': {'macro_f1': np.float64(0.5)}}) == -0.5
 
 
 def test_the_weight_average_is_evaluated():
@@ -122,8 +131,9 @@ def test_what_cannot_be_monitored(monitor):
     with pytest.raises(UsageError) as error:
         Evaluator(experiment, setup(experiment))
     assert str(error.value) == (
-        f'--monitor={monitor}: must be one of validation/accuracy, validation/loss, test/accuracy, '
-        f'test/loss; try --monitor=validation/accuracy'
+        f'--monitor={monitor}: must be one of validation/accuracy, validation/macro_f1, '
+        'validation/loss, test/accuracy, test/macro_f1, test/loss; '
+        'try --monitor=validation/accuracy'
     )
 
 

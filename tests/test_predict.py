@@ -14,18 +14,13 @@ from bigjax.evaluate import Evaluator
 from bigjax.experiment import UsageError
 from bigjax.metrics import read_metrics
 from bigjax.predict import Predictor
-from bigjax.state import make_init, setup
+from bigjax.state import first_state, setup
 
 
 def with_scores(**knobs):
     """The toy, with its predictions scored."""
     experiment, identity = toy.build(**knobs)
     return toy.scored(experiment), identity
-
-
-def new_state(experiment, plan):
-    init = make_init(experiment.task, experiment.optimizer, 0)
-    return jax.jit(init, out_shardings=plan.shardings)()
 
 
 @pytest.mark.parametrize('mesh', ['data=-1', 'data=2,fsdp=2,tensor=2'])
@@ -35,7 +30,7 @@ def test_every_real_row_once_and_in_order(mesh):
     records = experiment.data.evals['test']
     assert len(records) % experiment.run.batch  # ragged
     with jax.set_mesh(plan.mesh):
-        state = new_state(experiment, plan)
+        state = first_state(experiment, plan)
         pairs = list(Predictor(experiment, plan.mesh)(state.params, state.extra, records))
         scores = Evaluator(experiment, plan)(state, score=True)
     for name in ('features', 'label'):
@@ -84,9 +79,8 @@ def test_an_unknown_score_cannot_be_monitored():
     with pytest.raises(UsageError) as error:
         Evaluator(experiment, setup(experiment))
     assert str(error.value) == (
-        '--monitor=test/blue: must be one of test/accuracy, test/loss, test/rows, test/right, '
-        'test/order; '
-        'try --monitor=test/accuracy'
+        '--monitor=test/blue: must be one of test/accuracy, test/macro_f1, test/loss, test/rows, '
+        'test/right, test/order; try --monitor=test/accuracy'
     )
 
 
@@ -95,7 +89,7 @@ def test_scores_of_other_names_are_an_error():
     experiment = dataclasses.replace(experiment, score_names=('rows',))
     plan = setup(experiment)
     with jax.set_mesh(plan.mesh):
-        state = new_state(experiment, plan)
+        state = first_state(experiment, plan)
         with pytest.raises(
             ValueError, match=r"score gives \['order', 'right', 'rows'\], score_names"
         ):
@@ -117,7 +111,7 @@ def test_the_weight_average_is_what_predicts():
     )
     plan = setup(experiment)
     with jax.set_mesh(plan.mesh):
-        state = new_state(experiment, plan)
+        state = first_state(experiment, plan)
         average = jax.tree.map(lambda x: 3 * x + 1, state.params)
         state = state._replace(opt_state=state.opt_state._replace(average=average))
         scores = Evaluator(experiment, plan)(state, score=True)

@@ -80,7 +80,8 @@ def test_macro_scores_equal_scikit_learn_on_raw_labels(classes):
     assert scores['classes']['class 0']['examples'] == (truth == 0).sum()
     assert names[-1] not in scores['classes']
     assert f'{each[2]:.4f}' in text
-    assert ('confusion matrix' in text) == (classes < 30)
+    # Columns are headed by the first letters of the names.
+    assert ('confusion matrix' in text) == (classes < 30) == ('  class 0  class 1\n' in text)
     json.dumps(scores)
 
 

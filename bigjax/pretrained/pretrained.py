@@ -10,7 +10,7 @@ import jax
 from bigjax.pretrained.files import open_weights
 from bigjax.pretrained.layout import Layout
 from bigjax.pretrained.load import load
-from bigjax.pretrained.match import match
+from bigjax.pretrained.match import Match, match
 from bigjax.pretrained.save import save
 from bigjax.sharding import path_string
 
@@ -32,6 +32,18 @@ class Pretrained:
     layouts: tuple[Layout, ...]
     path: str = ''
 
+    def match(self, abstract: Any) -> Match:
+        """Returns which tensors of the file fill which variables; reads none of them.
+
+        Args:
+          abstract: `{'params': …, **extra}` of shapes and dtypes.
+
+        Raises:
+          UsageError: the file does not fit.
+        """
+        shapes = {path: leaf.shape for path, leaf in flat(abstract).items()}
+        return match(open_weights(self.path), self.layouts, shapes)
+
     def load(self, abstract: Any, shardings: Any) -> dict[str, jax.Array]:
         """Returns `{path: array}` of the variables that the file fills, where they will live.
 
@@ -44,9 +56,8 @@ class Pretrained:
         Raises:
           UsageError: the file does not fit; raised before anything of it is read.
         """
-        weights, leaves = open_weights(self.path), flat(abstract)
-        found = match(weights, self.layouts, {path: x.shape for path, x in leaves.items()})
-        loaded = load(weights, found, leaves, flat(shardings))
+        found = self.match(abstract)
+        loaded = load(open_weights(self.path), found, flat(abstract), flat(shardings))
         if jax.process_index() == 0:
             count = sum(x.size for path, x in loaded.items() if path.startswith('params/'))
             lines = (f'{count:,} parameters from {self.path}', *found.notes)

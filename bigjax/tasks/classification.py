@@ -13,6 +13,8 @@ from bigjax.task import Task, apply, row_weight
 
 # Where there are more classes than this, the label may also be among the five likeliest.
 TOP_5_ABOVE = 100
+# Beyond, the matrix would outgrow the model that is evaluated.
+MATRIX_UP_TO = 1000
 
 
 def standardize(mean_C: np.ndarray, std_C: np.ndarray) -> Callable[[jax.Array], jax.Array]:
@@ -98,8 +100,9 @@ def classification(
             if len(class_names) > TOP_5_ABOVE:
                 top_B = losses.correct_top_k(logits_BC, label_B, 5)
                 metrics['top_5_accuracy'] = (jnp.sum(top_B * weight_B), weight)
-            confusion_CC = losses.confusion(logits_BC, label_B, weight_B)
-            metrics['confusion'] = (confusion_CC, jnp.ones(()))
+            if len(class_names) <= MATRIX_UP_TO:
+                confusion_CC = losses.confusion(logits_BC, label_B, weight_B)
+                metrics['confusion'] = (confusion_CC, jnp.ones(()))
         return metrics['loss'][0] / jnp.maximum(weight, 1.0), (extra, metrics)
 
     return Task(init, loss, unit, units_per_example, 3 * forward_flops, class_names)

@@ -133,6 +133,14 @@ def test_what_cannot_be_imported_or_exported_is_refused(file, tmp_path):
     assert not (run / 'run.json').exists(), 'nothing refused claims a workdir'
 
 
+def test_weights_that_do_not_fit_leave_the_workdir_to_the_next_try(file, tmp_path):
+    save_file({**load_file(file), 'a.weight': np.zeros((4, 16), np.float32)}, file)
+    made, name = build(file)
+    with pytest.raises(UsageError, match=r'a\.weight'):
+        actions.run('train', made, name, tmp_path / 'run', 'latest')
+    assert not (tmp_path / 'run').exists()
+
+
 def test_a_second_import_into_a_run_is_refused(file, tmp_path):
     made, name = build(file)
     run = tmp_path / 'run'

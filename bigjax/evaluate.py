@@ -15,7 +15,7 @@ from bigjax.task import Batch, Metrics
 
 MACRO_F1 = 'macro_f1'
 # Metrics that are better high; all others are better low.
-HIGHER_IS_BETTER = ('accuracy', 'top_5_accuracy', MACRO_F1)
+HIGHER_IS_BETTER = ('accuracy', 'top_5_accuracy', 'next_accuracy', MACRO_F1)
 # Counts, which are summed over the data, not averaged; their score is added.
 CONFUSION = 'confusion'
 

@@ -177,9 +177,11 @@ class AdaptedWeights:
     def path(self) -> str:
         return self.inner.path
 
+    def match(self, abstract: Any) -> Any:
+        return self.inner.match(_base(abstract))
+
     def load(self, abstract: Any, shardings: Any) -> dict[str, jax.Array]:
-        base = lambda tree: {**tree, 'params': tree['params']['base']}  # noqa: E731
-        loaded = self.inner.load(base(abstract), base(shardings))
+        loaded = self.inner.load(_base(abstract), _base(shardings))
         return {re.sub('^params/', 'params/base/', path): x for path, x in loaded.items()}
 
     def save(self, folder: Path, variables: Any, max_bytes: int) -> tuple[int, int]:
@@ -188,6 +190,10 @@ class AdaptedWeights:
 
     def merged(self, params: Any) -> Any:
         return merge(params, self.lora)
+
+
+def _base(variables: dict[str, Any]) -> dict[str, Any]:
+    return {**variables, 'params': variables['params']['base']}
 
 
 def _new_adapters(

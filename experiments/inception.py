@@ -9,10 +9,10 @@ Inception architecture for computer vision" (arXiv:1512.00567).
 
 Full size, 27,161,264 parameters with the auxiliary head. torchvision's weights, which are those of
 Google, have 77.294 % top-1 (pytorch.org/vision/stable/models; version 1, at 224 pixels, 6,624,904
-parameters without auxiliary heads, 69.778 %). The recipe is §8 of the 2015 paper: 100 epochs of 50
-batches of 32, RMSProp, a rate that falls by 6 % every two epochs, averaged weights. What it leaves
-open (momentum, L2, the average's decay, crops, the auxiliary loss) is as in TensorFlow's
-inception_distributed_train.py. Not yet run here:
+parameters without auxiliary heads, 69.778 %). The recipe is §8 of the 2015 paper: 100 epochs on 50
+replicas of 32 images each, RMSProp, a rate that falls by 6 % every two epochs, averaged weights.
+What it leaves open (momentum, L2, the average's decay, crops, the auxiliary loss) is as in
+TensorFlow's inception_distributed_train.py. Not yet run here:
 
     python launch.py --experiment=inception --version=3 --dataset=tfds:imagenet2012
         --image_size=299 --width=0 --auxiliary=0.4 --normalize=half --crop=0.05 --flip --shift=0

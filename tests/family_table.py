@@ -11,8 +11,10 @@ and transformers. A run that is in --workdir is not repeated.
 
 import argparse
 import json
+import os
 import re
 import shlex
+import shutil
 import statistics
 import subprocess
 import sys
@@ -86,12 +88,12 @@ ROWS = (
     Row('rnn_translation', 'GRUs, without attention', PAIRS, 1, seeds=3, metric='bleu'),
     Row('transformer_translation', 'Transformer, as Marian', PAIRS, metric='bleu',
         size='--size=base --vocab=37000', note='base', parity='marian', races='transformer'),
-    Row('bert', 'BERT', 'standard library', size='--size=base --vocab=30522',
+    Row('bert', 'BERT', 'standard library, masked words', size='--size=base --vocab=30522',
         note='base, both heads', parity='bert.*', races='bert'),
     Row('bert', 'MiniLM, from its weights', 'docstrings', 1, parity='minilm'),
     Row('bert', 'MiniLM, from scratch', 'docstrings', 2),
-    Row('roberta', 'RoBERTa', 'standard library', size='--size=base --vocab=50265', note='base',
-        parity='roberta.*'),
+    Row('roberta', 'RoBERTa', 'standard library, masked tokens', note='base',
+        size='--size=base --vocab=50265', parity='roberta.*'),
     Row('gpt_stdlib', 'GPT-2, smallest', 'standard library, bytes', seeds=3,
         metric='bits_per_byte', races='gpt gpt6'),
     Row('gpt2', 'GPT-2', 'standard library, BPE', 2, metric='bits_per_byte', size='--size=1.5B',
@@ -108,7 +110,7 @@ def commands(experiment: str) -> list[list[str]]:
     source = (ROOT / 'experiments' / f'{experiment}.py').read_text('utf-8')
     found: list[str] = []
     for line in source.split('"""')[1].splitlines():
-        text = line.strip().removesuffix('\\')
+        text = line.strip().rstrip('\\')
         if text.startswith('python launch.py '):
             found.append(text)
         elif found and line.startswith(' ' * 8):
@@ -138,7 +140,7 @@ def score(row: Row, given: argparse.Namespace, workdir: Path) -> tuple[str, str]
     if any('=MINILM' in flag for flag in flags) and not given.minilm:
         return None
     filled = [
-        flag.replace('idx:DIR', f'idx:{given.fashion_mnist}').replace('MINILM', given.minilm)
+        flag.replace('idx:DIR', f'idx:{given.fashion_mnist}').replace('MINILM', str(given.minilm))
         for flag in flags
     ]
     scores, seconds = [], []
@@ -146,6 +148,7 @@ def score(row: Row, given: argparse.Namespace, workdir: Path) -> tuple[str, str]
         folder = workdir / f'{row.experiment}_{row.command}_{seed}'
         clock = folder / 'seconds'
         if not clock.exists():
+            shutil.rmtree(folder, ignore_errors=True)  # What an interrupted run took is not known.
             start = time.monotonic()
             launch([*filled, f'--seed={seed}', f'--workdir={folder}'])
             clock.write_text(str(time.monotonic() - start))
@@ -158,9 +161,10 @@ def score(row: Row, given: argparse.Namespace, workdir: Path) -> tuple[str, str]
 
 def told(metric: str, scores: list[float]) -> str:
     """Returns the mean as a person reads it, and the scores where there are several."""
-    shapes = {'accuracy': '{:.1%}', 'bits_per_byte': '{:.3f}', 'bleu': '{:.1f}'}
-    names = {'accuracy': '', 'bits_per_byte': ' bits per byte', 'bleu': ' BLEU'}
+    shapes = {'accuracy': '{:.1f}', 'bits_per_byte': '{:.3f}', 'bleu': '{:.1f}'}
+    names = {'accuracy': ' %', 'bits_per_byte': ' bits per byte', 'bleu': ' BLEU'}
     show = shapes[metric].format
+    scores = [100 * score if metric == 'accuracy' else score for score in scores]
     each = f' ({", ".join(map(show, scores))})' if len(scores) > 1 else ''
     return f'{show(statistics.mean(scores))}{each}{names[metric]}'
 
@@ -175,7 +179,11 @@ def parities(given: argparse.Namespace) -> dict[str, float]:
             subprocess.run([given.torch, tests / 'generate_parity.py', folder, *cases], check=True)
         command = [sys.executable, '-m', 'pytest', '-s', '-q', tests / 'test_parity.py']
         ran = subprocess.run(
-            [*command, f'--parity={folder}'], cwd=ROOT, stdout=subprocess.PIPE, text=True
+            [*command, f'--parity={folder}'],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            text=True,
+            check=True,
         )
     found: dict[str, float] = {}
     for case, error in re.findall(r'^(\w+) \w+: (\S+) absolute', ran.stdout, re.MULTILINE):
@@ -210,8 +218,9 @@ def main() -> None:
     """Measures what is asked for."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('--cells', default=','.join(CELLS))
-    parser.add_argument('--fashion_mnist', default='')
-    parser.add_argument('--minilm', default='')
+    # Commands run in the root, wherever this is started.
+    parser.add_argument('--fashion_mnist', default=None, type=os.path.abspath)
+    parser.add_argument('--minilm', default=None, type=os.path.abspath)
     parser.add_argument('--torch', default='')
     parser.add_argument('--workdir', default='')
     parser.add_argument('experiments', nargs='*')
@@ -219,7 +228,7 @@ def main() -> None:
     wanted = given.cells.split(',')
     if unknown := {*wanted} - {*CELLS} | {*given.experiments} - {row.experiment for row in ROWS}:
         parser.error(f'{", ".join(sorted(unknown))}: neither a cell ({", ".join(CELLS)}) nor a row')
-    workdir = Path(given.workdir or tempfile.mkdtemp())
+    workdir = Path(given.workdir or tempfile.mkdtemp()).resolve()
     rows = [row for row in ROWS if not given.experiments or row.experiment in given.experiments]
     errors = parities(given) if given.torch and 'parity' in wanted else {}
     for row in rows:
@@ -229,7 +238,7 @@ def main() -> None:
         if worst := [
             e for case, e in errors.items() if row.parity and re.fullmatch(row.parity, case)
         ]:
-            cells['parity'] = f'{max(worst):.1e}'
+            cells['parity'] = f'{max(worst):.1e}'.replace('e-0', 'e-')
         if row.data and 'score' in wanted and (found := score(row, given, workdir)):
             cells['score'], cells['time'] = found
         if row.races and given.torch and 'ratio' in wanted:

@@ -153,6 +153,10 @@ def test_the_base_is_read_and_merged_weights_are_written(params, tmp_path):
     class Weights:
         path = 'somewhere'
 
+        def match(self, abstract):
+            assert set(abstract['params']) == set(params['base'])
+            return 'matched'
+
         def load(self, abstract, shardings):
             assert set(abstract['params']) == set(shardings['params']) == set(params['base'])
             return {'params/embedding': abstract['params']['embedding']}
@@ -162,6 +166,7 @@ def test_the_base_is_read_and_merged_weights_are_written(params, tmp_path):
 
     weights = loras.AdaptedWeights(Weights(), LORA)
     assert weights.path == 'somewhere'
+    assert weights.match({'params': params}) == 'matched'
     assert set(weights.load({'params': params}, {'params': params})) == {'params/base/embedding'}
     written = weights.save(tmp_path, {'params': params}, 1)
     close = lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)  # noqa: E731

@@ -4,7 +4,6 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import importlib.util
-import os
 import re
 from collections.abc import Callable
 
@@ -57,7 +56,7 @@ def open_pairs(
         return catalogue_pairs(rest, data_dir=data_dir)
     columns = {'source_column': source_column, 'target_column': target_column}
     if prefix == 'csv' and rest:
-        return csv_pairs(os.path.expanduser(rest), os.path.expanduser(test_file), columns)
+        return csv_pairs(rest, test_file, columns)
     if prefix == 'tfds' and rest:
         return tfds_pairs(rest, columns, data_dir=data_dir)
     raise UsageError(
@@ -136,7 +135,7 @@ def csv_pairs(path: str, test_path: str, columns: dict[str, str]) -> PairSource:
         card = Card(
             name=f'csv:{path}',
             description=f'Pairs of {" and ".join(columns.values())}.',
-            path=os.path.abspath(path),
+            path=stats[0][0],
             notes=_noted(left_out),
         )
         return Pairs(_texts(kept), _texts(test), card)

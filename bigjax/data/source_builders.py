@@ -98,7 +98,7 @@ with tfds.core.registered.skip_registration():
             ]
             texts = collections.Counter(origin for _, origin in found)
             kept = [row for row in found if texts[row[1]] >= self.TEXTS]
-            train, test = hold_out(kept, lambda row: row[0], self.name)
+            train, test = hold_out(kept, lambda row: row[0], 'docstrings')
             return {
                 split: ({'text': text, 'origin': origin} for text, origin in rows)
                 for split, rows in (('train', train), ('test', test))

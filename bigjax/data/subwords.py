@@ -91,8 +91,10 @@ class SubwordTokenizer:
         self.continues = np.zeros(self.vocab_size, bool)
         self.token_bytes = np.zeros(self.vocab_size, np.int32)
         for piece, number in pieces.items():
+            # What was added to a byte-level vocabulary stands there as it is.
+            kind = '' if self.byte_level and number in added else decoder
             if not self.special[number]:
-                self.continues[number], self.token_bytes[number] = measured(piece, decoder, byte_of)
+                self.continues[number], self.token_bytes[number] = measured(piece, kind, byte_of)
         own = ROBERTA_SPECIAL if '<mask>' in pieces else BERT_SPECIAL
         begin, end, _, self.unknown, self.mask = (pieces.get(piece) for piece in own)
         self.template = None
@@ -140,8 +142,7 @@ def measured(piece: str, decoder: str, byte_of: Mapping[str, int]) -> tuple[bool
         decoder: description of the tokenizer's decoder.
         byte_of: the byte of each letter in a byte-level vocabulary.
     """
-    # What was added to a byte-level vocabulary stands there as it is, such as runs of spaces.
-    if 'ByteLevel' in decoder and piece[0] in byte_of:
+    if 'ByteLevel' in decoder:
         # One letter a byte; spaces and signs begin anew.
         first = byte_of[piece[0]]
         return first >= 0x80 or chr(first).isalnum(), len(piece)

@@ -7,9 +7,10 @@ import os
 import numpy as np
 
 from bigjax.data.card import Card
+from bigjax.data.csv_labels import class_names
 from bigjax.data.csv_rows import read_csv
-from bigjax.data.labelled import class_names
 from bigjax.data.pipeline import ArrayRecords
+from bigjax.data.user_files import named_files
 from bigjax.experiment import UsageError
 
 BUILT_IN = ('diabetes', 'wine', 'breast_cancer', 'iris')
@@ -84,16 +85,14 @@ def open_table(dataset: str, *, label_column: str = 'label') -> TableData:
 
 def open_csv(path: str, label_column: str) -> TableData:
     """Returns a CSV file of numbers with one column to predict."""
-    flag = f'--dataset=csv:{path}'
-    if not os.path.isfile(path):
-        raise UsageError(f'{flag}: no such file')
-    rows = read_csv(path, [label_column])
+    ((flag, path),) = named_files(f'csv:{path}', path).items()
+    rows = read_csv(path, {'label_column': label_column}, flag=flag)
     header = read_header(path)
     names = tuple(name for name in header if name != label_column)
     if not names:
         raise UsageError(f'{flag}: it has no column besides {label_column}')
     features = np.empty((len(rows), len(names)))
-    for row, (line, words) in enumerate(read_csv(path, list(names))):
+    for row, (line, words) in enumerate(read_csv(path, list(names), flag=flag)):
         for column, word in enumerate(words):
             features[row, column] = number(word, flag, line, names[column])
     labels = [label for _, (label,) in rows]

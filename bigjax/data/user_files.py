@@ -27,7 +27,8 @@ def named_files(dataset: str, path: str, test_file: str = '') -> dict[str, str]:
             raise UsageError(f'{flag}: is a folder; name a file in it')
         if not os.path.isfile(file):
             folder, name = os.path.split(file)
-            there = os.listdir(folder or '.') if os.path.isdir(folder or '.') else []
+            readable = os.access(folder or '.', os.R_OK) and os.path.isdir(folder or '.')
+            there = os.listdir(folder or '.') if readable else []
             near = difflib.get_close_matches(name, there, n=1, cutoff=0.8)
             way_out = f'; try {flag.removesuffix(name)}{near[0]}' if near else ''
             raise UsageError(f'{flag}: no such file{way_out}')

@@ -31,8 +31,12 @@ Objective = Literal['mlm', 'classify', 'tokens', 'answers']
 
 # Where --monitor is left at this default, other objectives have one of their own.
 PRETRAINING_MONITOR = 'validation/loss'
-# What reads files that pretraining does not, by how --dataset begins.
-READERS: dict[str, Objective] = {'csv': 'classify', 'conll': 'tokens', 'squad': 'answers'}
+# What reads data that pretraining does not, by how --dataset begins.
+READERS: dict[str, Objective] = {
+    **dict.fromkeys(('csv', 'docstrings', 'catalogues'), 'classify'),
+    **dict.fromkeys(('conll', 'jsonl'), 'tokens'),
+    'squad': 'answers',
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -126,13 +126,14 @@ def test_pretrained_folders(tokenizers, tmp_path):
 def test_what_was_added_to_a_byte_level_vocabulary_is_text(tokenizers, tmp_path):
     tokenizers['masked_bpe'].save(tmp_path)
     model = read_folder(str(tmp_path))
-    model.add_tokens(['    ', ' ß'])
+    model.add_tokens(['    ', ' ß', 'ß'])
     model.save(str(tmp_path / 'tokenizer.json'))
     one = SubwordTokenizer(tmp_path / 'tokenizer.json')
     text = 'cat    mat'
     assert one.decode(one.encode(text)) == text
     assert one.token_bytes[one.encode(text)].sum() == len(text)
     assert one.token_bytes[one.model.token_to_id(' ß')] == 3
+    assert one.token_bytes[one.model.token_to_id('ß')] == 2
 
 
 def test_a_folder_without_a_tokenizer_is_refused(tmp_path):

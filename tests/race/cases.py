@@ -8,15 +8,21 @@ import time
 from collections.abc import Callable
 
 # Knobs that undo what an experiment's defaults shrink to small images.
-_LARGE = {'dataset': 'digits', 'num_classes': 1000, 'image_size': 224, 'width': 0}
+_LARGE = {
+    'dataset': 'digits',
+    'num_classes': 1000,
+    'image_size': 224,
+    'width': 0,
+    'label_smoothing': 0.0,
+}
 
 CASES = {
-    'cnn': {'experiment': 'cnn', 'knobs': {'batch': 64, 'image_size': 28}},
-    'cnn256': {'experiment': 'cnn', 'knobs': {'batch': 256, 'image_size': 28}},
+    'cnn': {'experiment': 'cnn', 'knobs': {'batch': 64, 'image_size': 28, 'ema': 0.0}},
+    'cnn256': {'experiment': 'cnn', 'knobs': {'batch': 256, 'image_size': 28, 'ema': 0.0}},
     'resnet20': {'experiment': 'resnet', 'knobs': {'depth': 20, 'batch': 128, 'image_size': 28}},
     'resnet18': {'experiment': 'resnet', 'knobs': {'depth': 18, 'batch': 64, 'image_size': 32}},
     'resnet50': {'experiment': 'resnet', 'knobs': {**_LARGE, 'depth': 50, 'batch': 8}},
-    'alexnet': {'experiment': 'alexnet', 'knobs': {**_LARGE, 'hidden': 0, 'batch': 16}},
+    'alexnet': {'experiment': 'alexnet', 'knobs': {**_LARGE, 'hidden': 0, 'batch': 16, 'ema': 0.0}},
     'vgg16': {
         'experiment': 'vgg',
         'knobs': {**_LARGE, 'hidden': 0, 'depth': 16, 'batch_norm': False, 'batch': 4},
@@ -29,7 +35,7 @@ CASES = {
     'vit': {
         'experiment': 'vit',
         'knobs': {**_LARGE, 'variant': 'Ti/16', 'depth': 0, 'heads': 0, 'drop_path': 0.0,
-                  'batch': 16},
+                  'batch': 16, 'ema': 0.0},
     },
     'gpt': {'experiment': 'gpt_stdlib', 'knobs': {}},
     'gpt6': {
@@ -47,10 +53,12 @@ CASES = {
     },
     'transformer': {
         'experiment': 'transformer_translation',
-        'knobs': {'norm': 'post', 'activation': 'relu', 'dropout': 0.0, 'batch': 32},
+        'knobs': {'norm': 'post', 'activation': 'relu', 'dropout': 0.0, 'batch': 32,
+                  'label_smoothing': 0.0},
     },
     'rnn_translation': {
-        'experiment': 'rnn_translation', 'knobs': {'dropout': 0.0, 'batch': 32},
+        'experiment': 'rnn_translation',
+        'knobs': {'dropout': 0.0, 'batch': 32, 'label_smoothing': 0.0},
     },
     'rnn_lm': {'experiment': 'rnn_lm', 'knobs': {'dropout': 0.0}},
     'lstm_classifier': {

@@ -5,7 +5,8 @@ Inception architecture for computer vision" (arXiv:1512.00567).
 
     python launch.py --experiment=inception
     python launch.py --experiment=inception --dataset=idx:DIR --width=8 --batch=128
-        --steps=2600 --eval_every=1300 --eval_batch=500 --flip --ema=0.999
+        --steps=1500 --warmup=150 --eval_every=750 --eval_batch=500 --flip --label_smoothing=0
+        --optimizer=muon --peak_lr=0.03 --l2=0 --weight_decay=0.05
 
 Full size, 27,161,264 parameters with the auxiliary head. torchvision's weights, which are those of
 Google, have 77.294 % top-1 (pytorch.org/vision/stable/models; version 1, at 224 pixels, 6,624,904
@@ -20,7 +21,9 @@ TensorFlow's inception_distributed_train.py. Not yet run here:
         --clip=2 --schedule=step --decay_every=1601 --decay_factor=0.94 --peak_lr=0.045 --warmup=0
         --l2=4e-5 --ema=0.9999 --batch=1600 --steps=80073 --eval_every=801 --save_every=801
 
-Measured on two CPU cores, one seed: digits, version 1 98.1 % in 1:56.
+Measured on two CPU cores, one seed: version 1: digits 98.1 % in
+1:56; Fashion-MNIST, by the second command, 89.1 % test accuracy after 750 steps and 91.8 % after
+1,500, in 11:52.
 """
 
 from typing import Any

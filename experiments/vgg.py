@@ -4,8 +4,9 @@ Simonyan and Zisserman 2014, "Very deep convolutional networks for large-scale i
 (arXiv:1409.1556).
 
     python launch.py --experiment=vgg
-    python launch.py --experiment=vgg --dataset=idx:DIR --width=32 --batch=128 --steps=5000
-        --eval_every=1250 --eval_batch=500 --flip --ema=0.999
+    python launch.py --experiment=vgg --dataset=idx:DIR --width=32 --batch=128 --steps=2400
+        --warmup=200 --eval_every=1200 --eval_batch=500 --flip --label_smoothing=0
+        --optimizer=muon --peak_lr=0.03 --l2=0 --weight_decay=0.05
 
 Full size, 138,357,544 parameters, the recipe of torchvision (references/classification: 90 epochs
 of 5,005 steps, the rate divided by ten every 30; biases and norms are decayed there too). Its
@@ -18,7 +19,9 @@ weights have 71.592 % top-1, and with --batch_norm --peak_lr=0.1 73.360 %
         --decay_factor=0.1 --peak_lr=0.01 --warmup=0 --l2=1e-4 --batch=256 --steps=450450
         --eval_every=5005 --save_every=5005
 
-Measured on two CPU cores, one seed: digits 99.2 % in 32 s.
+Measured on two CPU cores, one seed: digits 99.2 % in 32 s; Fashion-MNIST, by the second command,
+88.0 % test accuracy after 1,200 steps and 92.8 % after 2,400, in 12:41. SGD as by default gave
+87.7 % after 2,500.
 """
 
 from typing import Any

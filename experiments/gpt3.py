@@ -21,6 +21,9 @@ A small one, on the text that every Python carries:
 
     python launch.py --experiment=gpt3 --depth=4 --width=128 --heads=4 --vocab=4096 --seq=64 \
         --batch=12 --steps=2000 --warmup=100 --peak_lr=2e-3
+
+Measured on two CPU cores that two runs shared, one seed: 1.813 bits per byte on the whole
+validation set in 3:51, GPT-2's own result with the same knobs.
 """
 
 from typing import Literal

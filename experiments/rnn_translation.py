@@ -10,6 +10,11 @@ a step, Adadelta, which is not offered here).
     python launch.py --experiment=rnn_translation --noattention
     python launch.py --experiment=rnn_translation --dataset=csv:news.csv \\
         --source_column=text --target_column=summary --score=rouge
+
+Measured on two CPU cores that two runs shared, held-out messages, a beam of 4: with attention 25.1
+BLEU (seeds 0, 1, 2: 25.2, 24.8, 25.3) in 7:01, without it 20.1 (19.9, 20.8, 19.7) in 4:20. Bits
+per byte after 250, 500, 1,000 and 1,500 steps, seed 0: 2.062, 1.669, 1.406, 1.378; without it
+2.062, 1.710, 1.509, 1.487.
 """
 
 from typing import Literal

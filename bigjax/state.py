@@ -12,6 +12,10 @@ from bigjax import sharding
 from bigjax.experiment import Experiment
 from bigjax.task import Task
 
+# A CPU draws so few numbers within a second by a program that was not optimized, which compiles
+# several times as fast.
+FEW_PARAMETERS = 10_000_000
+
 
 class TrainState(NamedTuple):
     """What a step reads and writes, and a checkpoint holds.
@@ -87,7 +91,11 @@ def first_state(experiment: Experiment, plan: Setup) -> TrainState:
         loaded = experiment.pretrained.load(variables(plan.abstract), variables(plan.shardings))
     # One program makes every leaf, so that several processes own them all alike; the random draws
     # that pretrained weights replace are not in it.
-    return jax.jit(init, out_shardings=plan.shardings, donate_argnums=0)(loaded)
+    options: dict[str, Any] = {'out_shardings': plan.shardings, 'donate_argnums': 0}
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(plan.abstract.params))
+    if jax.default_backend() == 'cpu' and parameters < FEW_PARAMETERS:
+        options['compiler_options'] = {'xla_backend_optimization_level': 0}
+    return jax.jit(init, **options)(loaded)
 
 
 def setup(experiment: Experiment) -> Setup:

@@ -32,6 +32,10 @@ Fine-tuning a folder of weights, its tokenizer and architecture included, on you
     python launch.py --experiment=bert --objective=tokens --dataset=conll:train.txt --pretrained=DIR
     python launch.py --experiment=bert --objective=answers --dataset=squad:train.json
         --test_file=dev.json --seq=384 --overlap=128 --pretrained=DIR
+
+Measured on two CPU cores that two runs shared, one seed, the first command: after 500, 1,000 and
+2,000 steps 14.3 %, 16.4 % and 18.2 % of the validation set's masked words are found, in 4:14; of
+next sentences it tells 59.0 %.
 """
 
 from typing import Literal

@@ -10,12 +10,13 @@ import pytest
 import toy
 from jax import numpy as jnp
 
+from bigjax import state as states
 from bigjax import train
 from bigjax.checkpoint import Checkpoints
 from bigjax.data.shuffle import shuffled
 from bigjax.metrics import read_metrics
 from bigjax.models.mlp import MLP
-from bigjax.state import make_init
+from bigjax.state import first_state, make_init, setup
 from bigjax.tasks.classification import classification
 
 MESHES = ('data=8', 'data=4,fsdp=2', 'data=2,fsdp=2,tensor=2', 'fsdp=8')
@@ -129,6 +130,18 @@ def stepped(accumulate):
     state = make_init(task, experiment.optimizer, 0)()
     stacked = {name: value[None] for name, value in batch.items()}
     return jax.jit(train.make_train_step(experiment))(state, stacked)
+
+
+@pytest.mark.parametrize('few', [0, 10**9])
+def test_the_first_state_is_drawn_alike_however_it_is_compiled(monkeypatch, few):
+    monkeypatch.setattr(states, 'FEW_PARAMETERS', few)
+    experiment, _ = toy.build(mesh='data=2,fsdp=2,tensor=2')
+    plan = setup(experiment)
+    with jax.set_mesh(plan.mesh):
+        first = first_state(experiment, plan)
+    plain = make_init(experiment.task, experiment.optimizer, experiment.run.seed)()
+    for path, leaf in toy.leaves(plain).items():
+        np.testing.assert_allclose(toy.leaves(first)[path], leaf, rtol=1e-5, atol=1e-7)
 
 
 def test_accumulated_is_the_large_batch():

@@ -4,8 +4,8 @@ Dosovitskiy et al. 2020, "An image is worth 16×16 words" (arXiv:2010.11929).
 
     python launch.py --experiment=vit
     python launch.py --experiment=vit --dataset=idx:DIR --variant=Ti/4 --depth=4 --batch=128
-        --steps=6500 --warmup=500 --peak_lr=2e-3 --eval_every=1625 --eval_batch=500 --flip
-        --ema=0.999
+        --steps=4500 --warmup=400 --optimizer=muon --momentum=0.95 --peak_lr=6e-3
+        --eval_every=2250 --eval_batch=500 --flip --ema=0.99 --label_smoothing=0
 
 Full size, the recipe of Beyer et al. 2022, "Better plain ViT baselines for ImageNet-1k"
 (arXiv:2205.01580), where 90 epochs give S/16 76.5 % top-1 (big_vision's configs/vit_s16_i1k.py,
@@ -18,7 +18,9 @@ published ViT has --pool=token --positions=learned: S/16 22,050,664 parameters, 
         --label_smoothing=0 --batch=1024 --steps=112600 --warmup=10000 --peak_lr=1e-3 --b2=0.999
         --weight_decay=0.1 --clip=1 --ema=0 --dtype=bfloat16 --eval_every=1251 --save_every=1251
 
-Measured on two CPU cores, one seed: digits 97.8 % in 53 s.
+Measured on two CPU cores, one seed: digits 97.8 % in 53 s; Fashion-MNIST, by the second command,
+90.2 % test accuracy after 2,250 steps and 92.2 % after 4,500, in 11:15. AdamW at 2e-3 had 84.8 %
+after 2,500 and 89.3 % after 5,000.
 """
 
 from typing import Any, Literal

@@ -63,7 +63,7 @@ def test_csv_of_classes_and_of_quantities(tmp_path):
             '--dataset=boston: no such table; there are diabetes, wine, breast_cancer, iris and '
             'csv:FILE; try --dataset=wine',
         ),
-        ('csv:{path}x', '', '--dataset=csv:{path}x: no such file'),
+        ('csv:{path}x', '', '--dataset=csv:{path}x: no such file; try --dataset=csv:{path}'),
         (
             'csv:{path}',
             'a,label\n1,0\nmany,1\n',
@@ -72,7 +72,8 @@ def test_csv_of_classes_and_of_quantities(tmp_path):
         (
             'csv:{path}',
             'a,kind\n1,0\n',
-            "--dataset=csv:{path}: no column 'label'; the columns are a, kind",
+            "--dataset=csv:{path}: no column 'label'; the columns are a, kind; try "
+            '--label_column=a',
         ),
         (
             'csv:{path}',

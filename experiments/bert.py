@@ -10,11 +10,10 @@ MINILM is the folder in it with model.safetensors) learn which module a docstrin
 same model from a random start:
 
     python launch.py --experiment=bert --objective=classify --dataset=docstrings --seq=32
-        --pretrained=MINILM --pool=mean --dropout=0.1 --steps=330 --warmup=30 --peak_lr=1e-4
-        --eval_every=110
+        --pretrained=MINILM --pool=mean --dropout=0.1 --steps=110 --warmup=11 --peak_lr=3e-4
     python launch.py --experiment=bert --objective=classify --dataset=docstrings --seq=32
-        --size=minilm --tokenizer=MINILM --pool=mean --dropout=0.1 --steps=330 --warmup=30
-        --peak_lr=5e-4 --eval_every=110
+        --size=minilm --tokenizer=MINILM --pool=mean --dropout=0.1 --steps=110 --warmup=11
+        --peak_lr=5e-4
 
 The paper's recipe for BERT-base (appendix A.2: English Wikipedia and books, here in files of one
 sentence a line, 256 rows a step, 1,000,000 steps; 84.6 % on MNLI's matched test set). Its rows have
@@ -35,7 +34,9 @@ Fine-tuning a folder of weights, its tokenizer and architecture included, on you
 
 Measured on two CPU cores that two runs shared, one seed, the first command: after 500, 1,000 and
 2,000 steps 14.3 %, 16.4 % and 18.2 % of the validation set's masked words are found, in 4:14; of
-next sentences it tells 59.0 %.
+next sentences it tells 59.0 %. MiniLM's weights tell the modules of 80.0 % of the test docstrings
+after one epoch, in 2:16, the random start of 66.6 %. Three epochs bring the random start to 88.9 %,
+the weights at 1e-4 to 86.1 %: the texts of a module repeat each other.
 """
 
 from typing import Literal

@@ -33,10 +33,9 @@ Objective = Literal['mlm', 'classify', 'tokens', 'answers']
 PRETRAINING_MONITOR = 'validation/loss'
 # What reads data that pretraining does not, by how --dataset begins.
 READERS: dict[str, Objective] = {
-    **dict.fromkeys(('csv', 'docstrings', 'catalogues'), 'classify'),
-    **dict.fromkeys(('conll', 'jsonl'), 'tokens'),
-    'squad': 'answers',
-}
+    'csv': 'classify', 'docstrings': 'classify', 'catalogues': 'classify',
+    'conll': 'tokens', 'jsonl': 'tokens', 'squad': 'answers',
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -292,11 +291,8 @@ def encoder_shape(
     config = open_weights(pretrained).config if pretrained else {}
     if config:
         shape |= kept.arguments(config)
-        for ours, theirs in (
-            ('vocab_size', 'vocab_size'),
-            ('types', 'type_vocab_size'),
-            ('epsilon', 'layer_norm_eps'),
-        ):
+        names = {'vocab_size': 'vocab_size', 'types': 'type_vocab_size', 'epsilon': 'layer_norm_eps'}
+        for ours, theirs in names.items():
             shape[ours] = config.get(theirs, shape[ours])
         first = published.get('first_position', 0)
         shape['positions'] = config.get('max_position_embeddings', 512 + first) - first

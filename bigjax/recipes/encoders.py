@@ -291,8 +291,8 @@ def encoder_shape(
     config = open_weights(pretrained).config if pretrained else {}
     if config:
         shape |= kept.arguments(config)
-        names = {'vocab_size': 'vocab_size', 'types': 'type_vocab_size', 'epsilon': 'layer_norm_eps'}
-        for ours, theirs in names.items():
+        own = {'vocab_size': 'vocab_size', 'types': 'type_vocab_size', 'epsilon': 'layer_norm_eps'}
+        for ours, theirs in own.items():
             shape[ours] = config.get(theirs, shape[ours])
         first = published.get('first_position', 0)
         shape['positions'] = config.get('max_position_embeddings', 512 + first) - first

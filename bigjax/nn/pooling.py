@@ -4,6 +4,7 @@ Legend: B batch, H W rows and columns, P Q pooled rows and columns, I J window r
 channels.
 """
 
+import itertools
 from collections.abc import Iterator
 from functools import partial
 
@@ -194,17 +195,27 @@ def _max_pool_taps_bwd(window, strides, pads, saved, g_BPQC):
     first_BPQC = jnp.full(y_BPQC.shape, -1, jnp.int32)
     for i, j, tap_BPQC in reversed(list(_taps(x_BHWC, window, strides, pads))):
         first_BPQC = jnp.where(tap_BPQC == y_BPQC, i * window[1] + j, first_BPQC)
-    dx_BHWC = jnp.zeros_like(x_BHWC)
-    for number in range(window[0] * window[1]):
-        part_BPQC = jnp.where(first_BPQC == number, g_BPQC, 0)
-        # Negative amounts cut off what lies in the padding, where no maximum is.
-        spread = [(0, 0, 0)]
-        axes = zip(divmod(number, window[1]), strides, pads, x_BHWC.shape[1:3],
-                   y_BPQC.shape[1:3], strict=True)  # fmt: skip
-        for at, stride, (low, _), size, out in axes:
-            before = at - low
-            spread.append((before, size - before - (out - 1) * stride - 1, stride - 1))
-        dx_BHWC += lax.pad(part_BPQC, jnp.zeros((), x_BHWC.dtype), [*spread, (0, 0, 0)])
+    # Pixels whose places differ by a stride belong to one phase, a grid with room for every window
+    # and no gaps; gaps in the parts themselves would be found anew for each pixel and position.
+    (low_H, _), (low_W, _) = pads
+    B, H, W, C = x_BHWC.shape
+    grid = [
+        max(-(-(low + size) // stride), out + (taps - 1) // stride)
+        for (low, _), size, stride, out, taps in zip(
+            pads, (H, W), strides, y_BPQC.shape[1:3], window, strict=True
+        )
+    ]
+    zeros = jnp.zeros((B, *grid, C), x_BHWC.dtype)
+    phases = [zeros] * (strides[0] * strides[1])
+    for i, j in itertools.product(*map(range, window)):
+        part_BPQC = jnp.where(first_BPQC == i * window[1] + j, g_BPQC, 0)
+        (m, row), (n, column) = divmod(i, strides[0]), divmod(j, strides[1])
+        _, P, Q, _ = part_BPQC.shape
+        spread = ((0, 0), (m, grid[0] - P - m), (n, grid[1] - Q - n), (0, 0))
+        phases[row * strides[1] + column] += jnp.pad(part_BPQC, spread)
+    dx = jnp.stack(phases).reshape(*strides, B, *grid, C).transpose(2, 3, 0, 4, 1, 5)
+    dx = dx.reshape(B, grid[0] * strides[0], grid[1] * strides[1], C)
+    dx_BHWC = dx[:, low_H : low_H + H, low_W : low_W + W]
     return (dx_BHWC,)
 
 

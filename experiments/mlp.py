@@ -2,9 +2,6 @@
 
     python launch.py --experiment=mlp
     python launch.py --experiment=mlp --dataset=diabetes
-
-Measured on two CPU cores, one seed, a fifth of the rows held out: breast_cancer 97.4 %, wine 100 %,
-iris 96.7 %, diabetes a mean squared error of 0.440 of the target's variance; 3 to 6 s each.
 """
 
 from typing import Literal

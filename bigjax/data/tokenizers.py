@@ -75,7 +75,7 @@ class BpeTokenizer:
     """Byte-level byte pair encoding (Radford et al., 2019), as HF `tokenizers` implements it."""
 
     def __init__(self, path: Path):
-        import tokenizers  # 30 ms that the byte tokenizer need not pay
+        import tokenizers  # Here, for the byte tokenizer need not wait for it.
 
         self.model = tokenizers.Tokenizer.from_file(str(path))
         self.vocab_size = self.model.get_vocab_size()

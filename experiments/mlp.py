@@ -2,6 +2,9 @@
 
     python launch.py --experiment=mlp
     python launch.py --experiment=mlp --dataset=diabetes
+
+Measured on two shared CPU cores, one seed, a fifth of the rows held out: breast_cancer 97.4 %, wine
+100 %, iris 96.7 %, diabetes a mean squared error of 0.440 of the target's variance; 7 s each.
 """
 
 from typing import Literal

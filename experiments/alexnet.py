@@ -17,7 +17,7 @@ Full size, 61,100,840 parameters, the recipe of torchvision (references/classifi
         --peak_lr=0.01 --warmup=0 --weight_decay=0 --l2=1e-4 --ema=0 --batch=256 --steps=450450
         --eval_every=5005 --save_every=5005
 
-Measured on two CPU cores, one seed: Fashion-MNIST, by the second command,
+Measured on two CPU cores, one seed: digits 98.6 % in 42 s; Fashion-MNIST, by the second command,
 86.0 % test accuracy after 1,000 steps and 90.1 % after 2,000, in 8:44.
 """
 

@@ -19,7 +19,7 @@ weights have 71.592 % top-1, and with --batch_norm --peak_lr=0.1 73.360 %
         --decay_factor=0.1 --peak_lr=0.01 --warmup=0 --l2=1e-4 --batch=256 --steps=450450
         --eval_every=5005 --save_every=5005
 
-Measured on two CPU cores, one seed: Fashion-MNIST, by the second command,
+Measured on two CPU cores, one seed: digits 98.6 % in 31 s; Fashion-MNIST, by the second command,
 88.0 % test accuracy after 1,200 steps and 92.8 % after 2,400, in 12:41. SGD as by default gave
 87.7 % after 2,500.
 """

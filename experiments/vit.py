@@ -18,7 +18,7 @@ published ViT has --pool=token --positions=learned: S/16 22,050,664 parameters, 
         --label_smoothing=0 --batch=1024 --steps=112600 --warmup=10000 --peak_lr=1e-3 --b2=0.999
         --weight_decay=0.1 --clip=1 --ema=0 --dtype=bfloat16 --eval_every=1251 --save_every=1251
 
-Measured on two CPU cores, one seed: Fashion-MNIST, by the second command,
+Measured on two CPU cores, one seed: digits 97.8 % in 35 s; Fashion-MNIST, by the second command,
 90.2 % test accuracy after 2,250 steps and 92.2 % after 4,500, in 11:15. AdamW at 2e-3 had 84.8 %
 after 2,500 and 89.3 % after 5,000.
 """

@@ -199,20 +199,28 @@ def _max_pool_taps_bwd(window, strides, pads, saved, g_BPQC):
     # and no gaps; gaps in the parts themselves would be found anew for each pixel and position.
     (low_H, _), (low_W, _) = pads
     B, H, W, C = x_BHWC.shape
+    most = [(taps - 1) // stride for taps, stride in zip(window, strides, strict=True)]
     grid = [
-        max(-(-(low + size) // stride), out + (taps - 1) // stride)
-        for (low, _), size, stride, out, taps in zip(
-            pads, (H, W), strides, y_BPQC.shape[1:3], window, strict=True
+        max(-(-(low + size) // stride), out + m)
+        for (low, _), size, stride, out, m in zip(
+            pads, (H, W), strides, y_BPQC.shape[1:3], most, strict=True
         )
     ]
-    zeros = jnp.zeros((B, *grid, C), x_BHWC.dtype)
-    phases = [zeros] * (strides[0] * strides[1])
+    # Padded once and read at an offset: nine padded parts would be tested for their edges, pixel by
+    # pixel, in the one loop that also adds what other branches give. Strided reads are no such
+    # loop, and gain from arrays that exist.
+    edges = [(m, n - out) for m, n, out in zip(most, grid, y_BPQC.shape[1:3], strict=True)]
+    first = jnp.pad(first_BPQC, ((0, 0), *edges, (0, 0)), constant_values=-1)
+    g = jnp.pad(g_BPQC, ((0, 0), *edges, (0, 0)))
+    if strides != (1, 1):
+        first, g = lax.optimization_barrier((first, g))
+    phases = [jnp.zeros((B, *grid, C), x_BHWC.dtype)] * (strides[0] * strides[1])
     for i, j in itertools.product(*map(range, window)):
-        part_BPQC = jnp.where(first_BPQC == i * window[1] + j, g_BPQC, 0)
         (m, row), (n, column) = divmod(i, strides[0]), divmod(j, strides[1])
-        _, P, Q, _ = part_BPQC.shape
-        spread = ((0, 0), (m, grid[0] - P - m), (n, grid[1] - Q - n), (0, 0))
-        phases[row * strides[1] + column] += jnp.pad(part_BPQC, spread)
+        top, left = most[0] - m, most[1] - n
+        at = (slice(None), slice(top, top + grid[0]), slice(left, left + grid[1]))
+        part = jnp.where(first[at] == i * window[1] + j, g[at], 0)
+        phases[row * strides[1] + column] += part
     dx = jnp.stack(phases).reshape(*strides, B, *grid, C).transpose(2, 3, 0, 4, 1, 5)
     dx = dx.reshape(B, grid[0] * strides[0], grid[1] * strides[1], C)
     dx_BHWC = dx[:, low_H : low_H + H, low_W : low_W + W]

@@ -1,0 +1,1 @@
+"""Kernels in Pallas, for TPUs and GPUs, which know nothing of bigjax."""

@@ -68,7 +68,9 @@ def parse(argv):
 def prepare_process():
     """Settings that must come before the first array; all others live in knobs."""
     jaxlib = metadata.version('jaxlib')
-    if sys.platform == 'linux' and not any(map(find_spec, ('libtpu', 'jax_cuda13_plugin'))):
+    chips = [*Path('/dev').glob('accel*'), *Path('/dev').glob('vfio/*')]
+    accelerator = (find_spec('libtpu') and chips) or find_spec('jax_cuda13_plugin')
+    if sys.platform == 'linux' and not accelerator:
         # XLA:CPU takes scratch memory from malloc at every step; kept, it is not faulted in anew.
         libc, (arena_max, mmap_max, trim, top_pad) = ctypes.CDLL(None), (-8, -4, -1, -2)
         for option, value in {arena_max: 1, mmap_max: 0, trim: 2**31 - 1, top_pad: 2**26}.items():
@@ -80,6 +82,8 @@ def prepare_process():
             os.environ['XLA_FLAGS'] = f'{ynn} {os.environ.get("XLA_FLAGS", "")}'
     import jax
 
+    if find_spec('libtpu') and not (accelerator or jax.config.jax_platforms):
+        jax.config.update('jax_platforms', 'cpu')  # Tests install libtpu, which misses its TPU.
     cache = Path(os.environ.get('XDG_CACHE_HOME', '~/.cache')).expanduser() / 'bigjax'
     jax.config.update('jax_compilation_cache_dir', str(cache / jaxlib))
     jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.1)

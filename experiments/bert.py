@@ -39,12 +39,13 @@ after one epoch, in 2:16, the random start of 66.6 %. Three epochs bring the ran
 the weights at 1e-4 to 86.1 %: the texts of a module repeat each other.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 import jax.numpy as jnp
 
 from bigjax.experiment import Experiment, Run
 from bigjax.models import bert
+from bigjax.nn.attention import Implementation
 from bigjax.nn.stack import Remat
 from bigjax.optimizers import Optim
 from bigjax.recipes.encoders import Reading, encoder_experiment, encoder_shape
@@ -62,6 +63,7 @@ def experiment(
     dtype: Literal['float32', 'bfloat16'] = 'float32',
     scan: bool = False,
     remat: Remat = 'none',
+    attention: Implementation = 'auto',
     pretrained: str = '',
     reading: Reading = Reading(),
     run: Run = Run(steps=2000, batch=32, eval_every=500, save_every=500),
@@ -82,10 +84,17 @@ def experiment(
       dtype: type of the computation; parameters are float32
       scan: whether layers are scanned: compiles faster, runs slower on a CPU
       remat: what is computed again for the gradient, to save memory
+      attention: implementation of attention; auto takes the kernel of the chip, xla on a CPU
       pretrained: folder or .safetensors file to start from; its config.json tells the size
     """
     sizes = {'depth': depth, 'heads': heads, 'width': width, 'hidden': hidden}
-    options = {'dropout': dropout, 'scan': scan, 'remat': remat, 'dtype': jnp.dtype(dtype)}
+    options: dict[str, Any] = {
+        'dropout': dropout,
+        'scan': scan,
+        'remat': remat,
+        'attention_impl': attention,
+        'dtype': jnp.dtype(dtype),
+    }
     return encoder_experiment(
         encoder_shape(bert.BERT_UNCASED, size, pretrained, **sizes) | options,
         reading=reading,

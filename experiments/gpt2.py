@@ -26,6 +26,7 @@ import jax.numpy as jnp
 from bigjax.experiment import Experiment, Run, Sample
 from bigjax.lora import LoRA
 from bigjax.models import gpt
+from bigjax.nn.attention import Implementation
 from bigjax.nn.moe import Routing
 from bigjax.nn.stack import Remat
 from bigjax.optimizers import Optim
@@ -45,6 +46,7 @@ def experiment(
     dtype: Literal['float32', 'bfloat16'] = 'float32',
     scan: bool = False,
     remat: Remat = 'none',
+    attention: Implementation = 'auto',
     pretrained: str = '',
     text: Text = Text(vocab=50_257, seq=1024),
     routing: Routing = Routing(),
@@ -67,10 +69,11 @@ def experiment(
       dtype: type of the computation; parameters are float32
       scan: compile one block and loop over the layers; slow on a CPU
       remat: what a block computes again for its gradient, to save memory
+      attention: implementation of attention; auto takes the kernel of the chip, xla on a CPU
       pretrained: folder or .safetensors file to start from; empty starts at random
     """
     shape = override(gpt.GPT2_SIZES[size], depth=depth, heads=heads, width=width)
-    options = {'scan': scan, 'remat': remat, 'dtype': jnp.dtype(dtype)}
+    options = {'scan': scan, 'remat': remat, 'attention_impl': attention, 'dtype': jnp.dtype(dtype)}
     return gpt_experiment(
         shape | options | {'bias': bias, 'dropout': dropout},
         text=text,

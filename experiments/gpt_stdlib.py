@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from bigjax.data.text import open_language
 from bigjax.experiment import Experiment, Run, Sample
 from bigjax.models import gpt
+from bigjax.nn.attention import Implementation
 from bigjax.optimizers import Optim
 from bigjax.recipes.language import language_model
 
@@ -30,6 +31,7 @@ def experiment(
     bias: bool = False,
     dropout: float = 0.0,
     dtype: Literal['float32', 'bfloat16'] = 'float32',
+    attention: Implementation = 'auto',
     dataset: str = 'stdlib',
     tokenizer: Literal['bytes', 'bpe'] = 'bytes',
     vocab: int = 4096,
@@ -48,6 +50,7 @@ def experiment(
       bias: whether dense layers and norms have biases
       dropout: share of activations zeroed in training
       dtype: type of the computation; parameters are float32
+      attention: implementation of attention; auto takes the kernel of the chip, xla on a CPU
       dataset: stdlib, files:GLOB or tfds:NAME
       tokenizer: bytes, or a byte-level BPE trained on the data
       vocab: tokens of the BPE
@@ -64,6 +67,7 @@ def experiment(
         bias=bias,
         dropout=dropout,
         dtype=jnp.dtype(dtype),
+        attention_impl=attention,
     )
     flops = gpt.forward_flops(vocab_size=vocab_size, length=seq, depth=depth, width=width)
     return language_model(

@@ -17,8 +17,8 @@ norms are decayed there too). Its IMAGENET1K_V1 weights have 76.130 % top-1
         --schedule=step --decay_every=150150 --decay_factor=0.1 --peak_lr=0.1 --warmup=0 --l2=1e-4
         --batch=256 --steps=450450 --eval_every=5005 --save_every=5005
 
-Measured on two CPU cores, one seed: digits, 20 layers, 99.7 % in 40 s. The second command is less
-than eight epochs.
+Measured on two CPU cores, one seed: digits, 20 layers, 99.7 % in 40 s; Fashion-MNIST, by the second
+command, less than eight epochs, 94.1 % test accuracy in 26:50 (the machine was shared).
 """
 
 from typing import Any

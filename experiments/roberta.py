@@ -26,12 +26,13 @@ Measured on two CPU cores that two runs shared, one seed, the first command: aft
 2,000 steps 11.2 %, 12.9 % and 13.4 % of the validation set's masked tokens are found, in 4:12.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 import jax.numpy as jnp
 
 from bigjax.experiment import Experiment, Run
 from bigjax.models import bert
+from bigjax.nn.attention import Implementation
 from bigjax.nn.stack import Remat
 from bigjax.optimizers import Optim
 from bigjax.recipes.encoders import Reading, encoder_experiment, encoder_shape
@@ -48,6 +49,7 @@ def experiment(
     dtype: Literal['float32', 'bfloat16'] = 'float32',
     scan: bool = False,
     remat: Remat = 'none',
+    attention: Implementation = 'auto',
     pretrained: str = '',
     reading: Reading = Reading(),
     run: Run = Run(steps=2000, batch=32, eval_every=500, save_every=500),
@@ -67,10 +69,17 @@ def experiment(
       dtype: type of the computation; parameters are float32
       scan: whether layers are scanned: compiles faster, runs slower on a CPU
       remat: what is computed again for the gradient, to save memory
+      attention: implementation of attention; auto takes the kernel of the chip, xla on a CPU
       pretrained: folder or .safetensors file to start from; its config.json tells the size
     """
     sizes = {'depth': depth, 'heads': heads, 'width': width, 'hidden': hidden}
-    options = {'dropout': dropout, 'scan': scan, 'remat': remat, 'dtype': jnp.dtype(dtype)}
+    options: dict[str, Any] = {
+        'dropout': dropout,
+        'scan': scan,
+        'remat': remat,
+        'attention_impl': attention,
+        'dtype': jnp.dtype(dtype),
+    }
     return encoder_experiment(
         encoder_shape(bert.ROBERTA, size, pretrained, **sizes) | options,
         reading=reading,

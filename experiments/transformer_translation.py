@@ -24,6 +24,7 @@ import jax.numpy as jnp
 
 from bigjax.experiment import Experiment, Run
 from bigjax.models import transformer
+from bigjax.nn.attention import Implementation
 from bigjax.nn.stack import Remat
 from bigjax.optimizers import Optim
 from bigjax.pretrained import marian
@@ -45,6 +46,7 @@ def experiment(
     dropout: float = 0.1,
     scan: bool = False,
     remat: Remat = 'none',
+    attention: Implementation = 'auto',
     dtype: Literal['float32', 'bfloat16'] = 'float32',
     pretrained: str = '',
     pairs: TextPairs = TextPairs(),
@@ -65,6 +67,7 @@ def experiment(
       dropout: share of embeddings and residual branches zeroed in training
       scan: layers are compiled once and scanned
       remat: what is computed again for the gradient, to save memory
+      attention: implementation of attention; auto takes the kernel of the chip, xla on a CPU
       dtype: type of the computation; parameters are float32
       pretrained: folder of Marian's layout to start from; its config.json tells the size
     """
@@ -79,6 +82,7 @@ def experiment(
         logits_bias=True,
         scan=scan,
         remat=remat,
+        attention_impl=attention,
         dtype=jnp.dtype(dtype),
         **shape,
     )

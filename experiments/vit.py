@@ -29,6 +29,7 @@ import jax.numpy as jnp
 
 from bigjax.experiment import Experiment, Run
 from bigjax.models import vit
+from bigjax.nn.attention import Implementation
 from bigjax.nn.stack import Remat
 from bigjax.optimizers import Optim
 from bigjax.pretrained import vit as kept
@@ -47,6 +48,7 @@ def experiment(
     drop_path: float = 0.0,
     scan: bool = False,
     remat: Remat = 'none',
+    attention: Implementation = 'auto',
     pretrained: str = '',
     images: Images = Images(shift=1),
     run: Run = Run(steps=1500, batch=64, eval_every=500, monitor='test/accuracy'),
@@ -67,6 +69,7 @@ def experiment(
       drop_path: share of images that skip the last layer's branches; less in the layers before
       scan: whether layers are scanned: compiles faster, runs slower on a CPU
       remat: what is computed again for the gradient, to save memory
+      attention: implementation of attention; auto takes the kernel of the chip, xla on a CPU
       pretrained: folder or .safetensors file to start from; empty starts at random
     """
     data = images.open(run.data_dir)
@@ -85,6 +88,7 @@ def experiment(
         drop_path=drop_path,
         scan=scan,
         remat=remat,
+        attention_impl=attention,
         dtype=jnp.dtype(images.dtype),
         **shape,
     )

@@ -1,14 +1,16 @@
 """Every file in experiments/: full size in shapes, and two real steps of a small one."""
 
 import jax
+import numpy as np
 import pytest
 
 from bigjax import experiment as experiments
 from bigjax import identity as identities
 from bigjax import sharding, train
+from bigjax.data import pipeline
 from bigjax.metrics import read_metrics
 from bigjax.models import inception
-from bigjax.state import make_init
+from bigjax.state import first_state, make_init, setup
 
 NAMES = sorted(experiments.names())
 # What makes an experiment small; each sets those of these knobs that it has.
@@ -19,6 +21,8 @@ SMALLEST = {
     'resnet': {'depth': 20, 'width': 8},
     'vgg': {'depth': 11, 'width': 4},
 }
+# One experiment of each model that has attention with an implementation to choose.
+TRANSFORMERS = ['bert', 'gpt_stdlib', 'llama', 'transformer_translation', 'vit']
 # At the size of ImageNet, the numbers of parameters that are published.
 IMAGENET = {'image_size': 224, 'channels': 3, 'num_classes': 1000, 'normalize': 'half'}
 PUBLISHED = [
@@ -120,3 +124,33 @@ def test_two_steps_of_a_small_one(name, data_dir, words, tmp_path, monkeypatch):
     assert [r['step'] for r in records if 'set' not in r] == [1, 2]
     assert all(r['loss'] > 0 for r in records)
     assert {r['set'] for r in records if 'set' in r} == set(experiment.data.evals)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', TRANSFORMERS)
+def test_every_implementation_of_attention_trains_to_the_same_losses(name, data_dir, words):
+    losses = {}
+    for impl in ('reference', 'xla', 'tpu'):  # interpreted, where there is no TPU
+        small = {
+            **SMALL,
+            'steps': 6,
+            'peak_lr': 0.05,
+            'batch': 8,
+            'warmup': 0,
+            'attention': impl,
+            'dropout': 0.0,
+        }
+        experiment, _ = load(name, data_dir, words, **small)
+        plan = setup(experiment)
+        batches = pipeline.train_batches(
+            experiment.data.train, batch=8, seed=0, augment=experiment.augment
+        )
+        step = jax.jit(train.make_train_step(experiment))
+        with jax.set_mesh(plan.mesh):
+            state, losses[impl] = first_state(experiment, plan), []
+            for n in range(6):
+                batch = {key: value[None] for key, value in batches[n].items()}
+                state, metrics = step(state, batch)
+                losses[impl].append(float(metrics['loss'][0]))
+    np.testing.assert_allclose(losses['xla'], losses['reference'], rtol=1e-5)
+    np.testing.assert_allclose(losses['tpu'], losses['reference'], rtol=1e-5)

@@ -75,7 +75,7 @@ class Block(nn.Module):
       dropout: share of each branch set to zero in training.
       epsilon: added to the variance in norms.
       dtype: type of the computation.
-      impl: implementation of attention; None chooses.
+      impl: implementation of attention.
     """
 
     heads: int
@@ -83,7 +83,7 @@ class Block(nn.Module):
     dropout: float
     epsilon: float
     dtype: Any
-    impl: Implementation | None = None
+    impl: Implementation = 'auto'
 
     @nn.compact
     def __call__(self, x_BTC, layer, mask_B11T, *, train: bool = False):
@@ -102,19 +102,19 @@ class SelfAttention(nn.Module):
     Attributes:
       heads: number of heads; divides the width.
       dtype: type of the computation.
-      impl: implementation of attention; None chooses.
+      impl: implementation of attention.
     """
 
     heads: int
     dtype: Any
-    impl: Implementation | None = None
+    impl: Implementation = 'auto'
 
     @nn.compact
     def __call__(self, x_BTC: jax.Array, mask_B11T: jax.Array) -> jax.Array:
         C, H = x_BTC.shape[-1], self.heads
         qkv = Dense((H, 3, C // H), kernel_init=INIT, dtype=self.dtype, name='qkv')(x_BTC)
         q_BTHD, k_BTHD, v_BTHD = split_projections(qkv)
-        o_BTHD = attention(q_BTHD, k_BTHD, v_BTHD, causal=False, mask=mask_B11T, impl=self.impl)
+        o_BTHD = attention(q_BTHD, k_BTHD, v_BTHD, mask=mask_B11T, impl=self.impl)
         return Dense(C, in_dims=2, kernel_init=INIT, dtype=self.dtype, name='out')(o_BTHD)
 
 
@@ -159,7 +159,7 @@ class BERT(nn.Module):
       scan: whether the layers are scanned, one compiled body, or unrolled.
       remat: what layers compute again for the gradient; see `bigjax.nn.stack`.
       dtype: type of the computation, float32 or bfloat16.
-      attention_impl: implementation of attention; None chooses.
+      attention_impl: implementation of attention.
     """
 
     vocab_size: int
@@ -176,7 +176,7 @@ class BERT(nn.Module):
     scan: bool = False
     remat: Remat = 'none'
     dtype: Any = jnp.float32
-    attention_impl: Implementation | None = None
+    attention_impl: Implementation = 'auto'
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -48,7 +48,7 @@ class DecoderLM(nn.Module):
       heads: number of query heads; divides the width.
       width: width of the residual stream.
       dtype: type of the computation, float32 or bfloat16.
-      attention_impl: implementation of attention; None chooses.
+      attention_impl: implementation of attention.
       scan: whether the layers are one scanned block, see `bigjax.nn.stack`.
       remat: what of each block is computed again for the gradient, likewise.
       routing: mixture of experts in each block, if any.
@@ -60,7 +60,7 @@ class DecoderLM(nn.Module):
     heads: int = 12
     width: int = 768
     dtype: Any = jnp.float32
-    attention_impl: Implementation | None = None
+    attention_impl: Implementation = 'auto'
     scan: bool = False
     remat: Remat = 'none'
     routing: Routing = DENSE
@@ -122,7 +122,7 @@ def attend(
     v_BTKD: jax.Array,
     kv: KeyValue | None,
     start_B: jax.Array | None,
-    impl: Implementation | None,
+    impl: Implementation,
 ) -> tuple[jax.Array, KeyValue | None]:
     """Causal attention of new positions to each other and to those in one layer's cache, if any.
 
@@ -133,7 +133,7 @@ def attend(
         return attention(q_BTHD, k_BTKD, v_BTKD, causal=True, impl=impl), None
     assert start_B is not None
     kv = _write(kv[0], k_BTKD, start_B), _write(kv[1], v_BTKD, start_B)
-    return cached_attention(q_BTHD, *kv, start_B=start_B), kv
+    return cached_attention(q_BTHD, *kv, start_B=start_B, impl=impl), kv
 
 
 def _write(cache_BSKD: jax.Array, new_BTKD: jax.Array, start_B: jax.Array) -> jax.Array:

@@ -70,14 +70,14 @@ class Attention(nn.Module):
       bias: whether the dense layers have biases.
       dtype: type of the computation.
       out_init: initializer of the output projection.
-      impl: implementation of attention; None chooses.
+      impl: implementation of attention.
     """
 
     heads: int
     bias: bool
     dtype: Any
     out_init: nn.initializers.Initializer
-    impl: Implementation | None = None
+    impl: Implementation = 'auto'
 
     @nn.compact
     def __call__(
@@ -123,7 +123,7 @@ class Block(nn.Module):
       dropout: share of each residual branch set to zero in training.
       dtype: type of the computation.
       out_init: initializer of the projections that write to the residual stream.
-      impl: implementation of attention; None chooses.
+      impl: implementation of attention.
       routing: mixture of experts, if any.
     """
 
@@ -132,7 +132,7 @@ class Block(nn.Module):
     dropout: float
     dtype: Any
     out_init: nn.initializers.Initializer
-    impl: Implementation | None = None
+    impl: Implementation = 'auto'
     routing: Routing = DENSE
 
     @nn.compact

@@ -52,13 +52,13 @@ class Attention(nn.Module):
       heads: query heads; divides the width.
       kv_heads: key-value heads; divides `heads` (Ainslie et al. 2023).
       dtype: type of the computation.
-      impl: implementation of attention; None chooses.
+      impl: implementation of attention.
     """
 
     heads: int
     kv_heads: int
     dtype: Any
-    impl: Implementation | None = None
+    impl: Implementation = 'auto'
 
     @nn.compact
     def __call__(self, x_BTC, kv, turned, start_B) -> tuple[jax.Array, KeyValue | None]:
@@ -100,7 +100,7 @@ class Block(nn.Module):
       hidden: width of the hidden MLP layer.
       epsilon: added to the mean square in the norms.
       dtype: type of the computation.
-      impl: implementation of attention; None chooses.
+      impl: implementation of attention.
       routing: mixture of experts, if any.
     """
 
@@ -109,7 +109,7 @@ class Block(nn.Module):
     hidden: int
     epsilon: float
     dtype: Any
-    impl: Implementation | None = None
+    impl: Implementation = 'auto'
     routing: Routing = DENSE
 
     @nn.compact

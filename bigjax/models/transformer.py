@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from bigjax.experiment import UsageError
-from bigjax.nn.attention import check_heads, empty_layers
+from bigjax.nn.attention import Implementation, check_heads, empty_layers
 from bigjax.nn.encoder_decoder import Activation, Block, Layers, Norm
 from bigjax.nn.linear import embedding_logits
 from bigjax.nn.stack import Remat, stacked_rules
@@ -75,6 +75,7 @@ class Transformer(nn.Module):
       scan: whether layers are scanned; see `bigjax.nn.stack`.
       remat: what is recomputed for the gradient; see `bigjax.nn.stack`.
       dtype: type of the computation, float32 or bfloat16.
+      attention_impl: implementation of attention.
     """
 
     vocab_size: int
@@ -90,6 +91,7 @@ class Transformer(nn.Module):
     scan: bool = False
     remat: Remat = 'none'
     dtype: Any = jnp.float32
+    attention_impl: Implementation = 'auto'
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -108,7 +110,7 @@ class Transformer(nn.Module):
             self.bias_V = self.param('logits_bias', zeros, (self.vocab_size,))
         self.drop = nn.Dropout(self.dropout)
         sides = (self.depth, False), (self.decoder_depth or self.depth, True)
-        options = (self.norm, self.activation, self.dropout, self.dtype)
+        options = (self.norm, self.activation, self.dropout, self.dtype, self.attention_impl)
         self.encoder, self.decoder = (
             Layers(
                 depth,

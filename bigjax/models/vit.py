@@ -69,14 +69,14 @@ class Attention(nn.Module):
 
     heads: int
     dtype: Any
-    impl: Implementation | None = None
+    impl: Implementation = 'auto'
 
     @nn.compact
     def __call__(self, x_BTC: jax.Array) -> jax.Array:
         C, H = x_BTC.shape[-1], self.heads
         qkv = Dense((H, 3, C // H), kernel_init=_qkv_init, dtype=self.dtype, name='qkv')(x_BTC)
         q_BTHD, k_BTHD, v_BTHD = split_projections(qkv)
-        o_BTHD = attention(q_BTHD, k_BTHD, v_BTHD, causal=False, impl=self.impl)
+        o_BTHD = attention(q_BTHD, k_BTHD, v_BTHD, impl=self.impl)
         return Dense(C, in_dims=2, kernel_init=_xavier, dtype=self.dtype, name='out')(o_BTHD)
 
 
@@ -103,13 +103,13 @@ class Block(nn.Module):
       heads: number of attention heads.
       dropout: share of each branch's values set to zero in training.
       dtype: type of the computation.
-      impl: implementation of attention; None chooses.
+      impl: implementation of attention.
     """
 
     heads: int
     dropout: float
     dtype: Any
-    impl: Implementation | None = None
+    impl: Implementation = 'auto'
 
     @nn.compact
     def __call__(
@@ -155,7 +155,7 @@ class ViT(nn.Module):
       scan: whether the layers are scanned; see `bigjax.nn.stack`.
       remat: what is computed again for the gradient; see `bigjax.nn.stack`.
       dtype: type of the computation, float32 or bfloat16.
-      attention_impl: implementation of attention; None chooses.
+      attention_impl: implementation of attention.
     """
 
     classes: int
@@ -170,7 +170,7 @@ class ViT(nn.Module):
     scan: bool = False
     remat: Remat = 'none'
     dtype: Any = jnp.float32
-    attention_impl: Implementation | None = None
+    attention_impl: Implementation = 'auto'
 
     @nn.compact
     def __call__(self, x_BHWK: jax.Array, *, train: bool) -> jax.Array:

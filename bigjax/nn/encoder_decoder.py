@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from bigjax.nn.activations import gelu_erf
-from bigjax.nn.attention import attention, cached_attention, split_projections
+from bigjax.nn.attention import Implementation, attention, cached_attention, split_projections
 from bigjax.nn.linear import Dense
 from bigjax.nn.norm import LayerNorm
 from bigjax.nn.stack import Remat, stack
@@ -30,11 +30,13 @@ class SelfAttention(nn.Module):
       heads: number of heads; divides the width.
       causal: whether a position sees only itself and those before it.
       dtype: type of the computation.
+      impl: implementation of attention.
     """
 
     heads: int
     causal: bool
     dtype: Any
+    impl: Implementation
 
     @nn.compact
     def __call__(self, x_NTC, mask=None, cache=None, position=None):
@@ -42,14 +44,16 @@ class SelfAttention(nn.Module):
         qkv = Dense((H, 3, C // H), dtype=self.dtype, kernel_init=_xavier, name='qkv')(x_NTC)
         q_NTHD, k_NTHD, v_NTHD = split_projections(qkv)
         if cache is None:
-            o_NTHD = attention(q_NTHD, k_NTHD, v_NTHD, causal=self.causal, mask=mask)
+            o_NTHD = attention(
+                q_NTHD, k_NTHD, v_NTHD, causal=self.causal, mask=mask, impl=self.impl
+            )
         else:
             cache = tuple(
                 jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), position, 1)
                 for old, new in zip(cache, (k_NTHD, v_NTHD), strict=True)
             )
             start_N = jnp.full(x_NTC.shape[:1], position, jnp.int32)
-            o_NTHD = cached_attention(q_NTHD, *cache, start_B=start_N)
+            o_NTHD = cached_attention(q_NTHD, *cache, start_B=start_N, impl=self.impl)
         out = Dense(C, in_dims=2, dtype=self.dtype, kernel_init=_xavier, name='out')
         return out(o_NTHD), cache
 
@@ -60,10 +64,12 @@ class CrossAttention(nn.Module):
     Attributes:
       heads: number of heads; divides the width.
       dtype: type of the computation.
+      impl: implementation of attention.
     """
 
     heads: int
     dtype: Any
+    impl: Implementation
 
     @nn.compact
     def __call__(self, x_NTC, memory_BSC, real_BS, kv=None):
@@ -76,7 +82,8 @@ class CrossAttention(nn.Module):
             kv = split_projections(both)
         # The beams of a text are so many queries to the same keys, of which there is one copy.
         q_BQHD = q_NTHD.reshape(real_BS.shape[0], -1, H, C // H)
-        o_BQHD = attention(q_BQHD, *kv, causal=False, mask=real_BS[:, None, None])
+        mask = real_BS[:, None, None]
+        o_BQHD = attention(q_BQHD, *kv, mask=mask, impl=self.impl)
         return Dense(C, in_dims=2, name='out', **options)(o_BQHD.reshape(q_NTHD.shape)), kv
 
 
@@ -113,6 +120,7 @@ class Block(nn.Module):
       activation: of the hidden layer.
       dropout: share of each residual branch set to zero in training.
       dtype: type of the computation.
+      impl: implementation of attention.
       keeps: what the block's own output is: nothing, the keys and values of the source ('memory')
         or the cache of those decoded so far.
     """
@@ -124,6 +132,7 @@ class Block(nn.Module):
     activation: Activation
     dropout: float
     dtype: Any
+    impl: Implementation
     keeps: Literal['nothing', 'memory', 'cache'] = 'nothing'
 
     @nn.compact
@@ -140,11 +149,11 @@ class Block(nn.Module):
             h_NTC, kept = branch(x_NTC)
             return norm(x_NTC + drop(h_NTC)), kept
 
-        attend = SelfAttention(self.heads, self.decodes, self.dtype, name='attention')
+        attend = SelfAttention(self.heads, self.decodes, self.dtype, self.impl, name='attention')
         mask = None if self.decodes else real_BS[:, None, None]
         x_NTC, cache = add(x_NTC, 'attention', lambda h: attend(h, mask, cache, position))
         if self.decodes:
-            cross = CrossAttention(self.heads, self.dtype, name='cross')
+            cross = CrossAttention(self.heads, self.dtype, self.impl, name='cross')
             x_NTC, kv = add(x_NTC, 'cross', lambda h: cross(h, memory_BSC, real_BS, kv))
         mlp = MLP(self.hidden, self.activation, self.dtype, name='mlp')
         x_NTC, _ = add(x_NTC, 'mlp', lambda h: (mlp(h), None))

@@ -21,8 +21,8 @@ CASES = {
     # name: (B, T, S, H, K, D, V), dtype, what else there is
     'full': ((1, 1024, 1024, 2, 2, 128, 128), 'bfloat16', ()),
     'packed': ((2, 700, 700, 4, 2, 64, 64), 'bfloat16', ('causal', 'segments', 'sinks')),
-    'masked': ((1, 512, 512, 2, 1, 80, 40), 'bfloat16', ('mask', 'bias', 'dropout', 'softcap')),
-    'float32': ((1, 300, 512, 1, 1, 128, 128), 'float32', ('window', 'rows', 'start')),
+    'masked': ((1, 2048, 2048, 2, 1, 80, 40), 'bfloat16', ('mask', 'bias', 'dropout', 'softcap')),
+    'float32': ((1, 1100, 1536, 1, 1, 128, 128), 'float32', ('window', 'rows', 'start')),
 }
 
 

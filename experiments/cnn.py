@@ -7,7 +7,8 @@ After LeCun et al. 1998, "Gradient-based learning applied to document recognitio
         --eval_batch=1000 --dropout=0.4 --flip --ema=0.999
 
 Measured on two shared CPU cores, one seed: digits (every fifth image held out) 98.9 % in 15 s;
-Fashion-MNIST, by the second command, 93.3 % test accuracy.
+Fashion-MNIST, by the second command, 93.3 % test accuracy in 14:18 (the machine was
+shared).
 """
 
 import jax.numpy as jnp

@@ -6,7 +6,7 @@ Django's translations, read byte by byte: 63 languages, half of the messages sho
     python launch.py --experiment=lstm_classifier
     python launch.py --experiment=lstm_classifier --dataset=csv:reviews.csv
 
-Measured on two CPU cores, one seed: 83.7 % test accuracy.
+Measured on two CPU cores, one seed: 83.7 % test accuracy in 2:27.
 """
 
 from typing import Any, Literal

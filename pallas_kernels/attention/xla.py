@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.attention.arguments import Gradients, Operands, Spec, accumulator
+from pallas_kernels.attention.sinks import sinks_gradient
 from pallas_kernels.attention.xla_chunk import (
     Place,
     kept,
@@ -100,10 +101,7 @@ def backward(
         dot_BHT -= dlse_BHT
     # The weights of a row that sees nothing are exp(-inf - inf) = 0, not exp(-inf + inf).
     lse_BHT = jnp.where(lse_BHT == -jnp.inf, jnp.inf, lse_BHT)
-    dsinks_H = None
-    if sinks_H is not None:
-        p_BHT = jnp.exp(sinks_H.astype(dtype)[None, :, None] - lse_BHT)
-        dsinks_H = -(p_BHT * dot_BHT).sum((0, 2)).astype(sinks_H.dtype)
+    dsinks_H = None if sinks_H is None else sinks_gradient(sinks_H, lse_BHT, dot_BHT)
     operands, left = _heads_major(operands, spec)
     rows = tuple(
         _split(x, operands.k_BSKD.shape[1])

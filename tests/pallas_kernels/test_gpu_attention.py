@@ -141,14 +141,14 @@ def test_interpreted_twice_the_same_bits() -> None:
 
 
 def test_copy_that_does_not_wait_is_a_race(monkeypatch: pytest.MonkeyPatch) -> None:
-    copy = forward_kernel._copy
+    copy = forward_kernel.copy_keys
 
-    def hasty(refs: dict, where: dict) -> None:
+    def hasty(refs: dict, where: dict, names: tuple[str, str]) -> None:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(plgpu, 'barrier_wait', lambda _: None)
-            copy(refs, where)
+            copy(refs, where, names)
 
-    monkeypatch.setattr(forward_kernel, '_copy', hasty)
+    monkeypatch.setattr(forward_kernel, 'copy_keys', hasty)
     operands, spec, _ = draw(Case(S=520, H=1))
     try:
         with pytest.raises(jax.errors.JaxRuntimeError, match='RACE DETECTED'):

@@ -18,6 +18,7 @@ from pallas_kernels.attention.gpu.backward_keys import key_gradients
 from pallas_kernels.attention.gpu.backward_queries import query_gradient
 from pallas_kernels.attention.gpu.forward_kernel import forward as _forward
 from pallas_kernels.attention.gpu.logits import LOG2_E
+from pallas_kernels.attention.sinks import sinks_gradient
 from pallas_kernels.attention.varying import vary, varying
 from pallas_kernels.block_sizes import BlockSizes
 
@@ -161,10 +162,8 @@ def backward(
         dkv |= key_gradients(*common, outputs=('dv',), groups=2, columns=64, **options)
     else:
         dkv = key_gradients(*common, groups=2, columns=64, **options)
-    dsinks = None
-    if (sinks := operands.sinks_H) is not None:
-        p = jnp.exp(sinks.astype(jnp.float32)[None, :, None] - lse_BHT)
-        dsinks = -jnp.where(lse_BHT == -jnp.inf, 0.0, p * delta).sum((0, 2)).astype(sinks.dtype)
+    sinks_H = operands.sinks_H
+    dsinks = None if sinks_H is None else sinks_gradient(sinks_H, lse_BHT, delta)
     dk, dv = dkv['dk'][:, :S, :, :D], dkv['dv'][:, :S, :, :V]
     gradients = Gradients(dq[:, :T, :, :D], dk, dv, None, dsinks)
     return vary(gradients, varying((operands, do_BTHV)))

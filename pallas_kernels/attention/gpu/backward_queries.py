@@ -15,6 +15,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.attention.arguments import Operands, Spec
 from pallas_kernels.attention.gpu import tiles
 from pallas_kernels.attention.gpu.logits import down, hide, slope, softcapped
+from pallas_kernels.attention.gpu.producer import copy_keys
 from pallas_kernels.attention.gpu.tensor_core import ROW, ROWS, add_product, products, shared
 
 
@@ -65,25 +66,6 @@ def _compute(refs: dict, where: dict, spec: Spec, band: tiles.Band, interpret: b
     plgpu.wait_smem_to_gmem(0)
 
 
-def _copy(refs: dict, where: dict) -> None:
-    """The producer: keys and values into shared memory, a tile ahead of the warpgroups."""
-    first, end = where['bounds'][0], where['bounds'][3]
-    stages, columns = refs['k_smem'].shape[:2]
-
-    @pl.loop(first, end)
-    def _(tile: jax.Array) -> None:
-        slot = lax.rem(tile - first, jnp.int32(stages))
-        keys = (where['batch'], pl.ds(tile * columns, columns), where['kv_head'])
-        for name in ('v', 'k'):
-            full, empty = refs[f'{name}_full'].at[slot], refs[f'{name}_empty'].at[slot]
-
-            @pl.when(tile >= first + stages)
-            def _(empty: jax.Ref = empty) -> None:
-                plgpu.barrier_wait(empty)
-
-            plgpu.copy_gmem_to_smem(refs[name].at[keys], refs[f'{name}_smem'].at[slot], full)
-
-
 def _kernel(
     q, k, v, do, lse, delta, table, ids, kv_ids, dq, scratch: dict, *, spec, band, share, interpret
 ) -> None:
@@ -112,7 +94,7 @@ def _kernel(
     def _() -> None:
         if groups > 1:
             plgpu.set_max_registers(24, action='decrease')
-        _copy(refs, where)
+        copy_keys(refs, where, ('v', 'k'))
 
 
 def query_gradient(

@@ -15,6 +15,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.attention.arguments import Operands, Spec
 from pallas_kernels.attention.gpu import tiles
 from pallas_kernels.attention.gpu.logits import LOG2_E, down, hide, softcapped
+from pallas_kernels.attention.gpu.producer import copy_keys
 from pallas_kernels.attention.gpu.tensor_core import ROW, ROWS, add_product, product, shared
 
 WARPGROUPS = 2
@@ -107,26 +108,6 @@ def _compute(refs: dict, where: dict, spec: Spec, band: tiles.Band, interpret: b
     plgpu.wait_smem_to_gmem(0)
 
 
-def _copy(refs: dict, where: dict) -> None:
-    """The producer: keys and values into shared memory, a few tiles ahead of the warpgroups."""
-    plgpu.set_max_registers(24, action='decrease')
-    first, _, _, end, _ = where['bounds']
-    stages, columns = refs['k_smem'].shape[:2]
-
-    @pl.loop(first, end)
-    def _(tile: jax.Array) -> None:
-        slot = lax.rem(tile - first, jnp.int32(stages))
-        keys = (where['batch'], pl.ds(tile * columns, columns), where['kv_head'])
-        for name in ('k', 'v'):
-            full, empty = refs[f'{name}_full'].at[slot], refs[f'{name}_empty'].at[slot]
-
-            @pl.when(tile >= first + stages)
-            def _(empty: jax.Ref = empty) -> None:
-                plgpu.barrier_wait(empty)
-
-            plgpu.copy_gmem_to_smem(refs[name].at[keys], refs[f'{name}_smem'].at[slot], full)
-
-
 def _kernel(
     q, k, v, table, ids, kv_ids, sinks, o, lse, scratch: dict, *, spec, band, group_size, interpret
 ) -> None:
@@ -152,7 +133,8 @@ def _kernel(
 
     @pl.when(group == WARPGROUPS)
     def _() -> None:
-        _copy(refs, where)
+        plgpu.set_max_registers(24, action='decrease')
+        copy_keys(refs, where, ('k', 'v'))
 
 
 def _scratch(D: int, V: int, dtype: jnp.dtype, columns: int, stages: int) -> dict:

@@ -16,6 +16,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import block_sizes as sizing
 from pallas_kernels.attention.arguments import Gradients, Operands, Spec
+from pallas_kernels.attention.sinks import sinks_gradient
 from pallas_kernels.attention.tpu import blocks as blocking
 from pallas_kernels.attention.tpu import layout, side, tile
 from pallas_kernels.attention.tpu.backward_bias import bias_gradient
@@ -296,5 +297,4 @@ def _sink_gradient(operands, o_BTHV, lse_BHT, do_BTHV, dlse_BHT) -> jax.Array | 
     delta_BHT = jnp.einsum('bthv,bthv->bht', o_BTHV, do_BTHV, preferred_element_type=jnp.float32)
     if dlse_BHT is not None:
         delta_BHT -= dlse_BHT
-    p_BHT = jnp.exp(operands.sinks_H.astype(jnp.float32)[None, :, None] - lse_BHT)
-    return -jnp.sum(p_BHT * delta_BHT, (0, 2)).astype(operands.sinks_H.dtype)
+    return sinks_gradient(operands.sinks_H, lse_BHT, delta_BHT)

@@ -16,7 +16,8 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.attention.tpu import side, tile
 from pallas_kernels.attention.tpu.backward_kernel import Step, named_refs
-from pallas_kernels.attention.tpu.backward_plan import Body, Plan
+from pallas_kernels.attention.tpu.backward_plan import Plan
+from pallas_kernels.attention.tpu.blocks import Body
 from pallas_kernels.attention.varying import result
 
 BLOCK = 512  # rows of a block at most: bias, its gradient and the sum are all whole tiles

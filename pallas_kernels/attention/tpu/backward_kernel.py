@@ -23,8 +23,8 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels.attention import dropout
 from pallas_kernels.attention.tpu import side, tile
-from pallas_kernels.attention.tpu.backward_plan import Body, Plan, lanes, width
-from pallas_kernels.attention.tpu.blocks import Reader
+from pallas_kernels.attention.tpu.backward_plan import Plan, lanes, width
+from pallas_kernels.attention.tpu.blocks import Body, Reader
 from pallas_kernels.attention.tpu.layout import LANES
 from pallas_kernels.attention.tpu.tile import Scalar
 

@@ -8,24 +8,8 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.attention.arguments import Spec
 from pallas_kernels.attention.tpu import side
-from pallas_kernels.attention.tpu.blocks import Blocks, Reader
+from pallas_kernels.attention.tpu.blocks import Blocks, Body, Reader
 from pallas_kernels.attention.tpu.layout import LANES, Heads
-
-
-@dataclasses.dataclass(frozen=True)
-class Body:
-    """One way to do a block, chosen by where it lies.
-
-    Attributes:
-      offset: position of the first key minus that of the first query if it is static, None if it
-        is read at run time.
-      inside: whether the band hides nothing.
-      checked: whether segment ids, the mask and the end of the keys are looked at.
-    """
-
-    offset: int | None = None
-    inside: bool = False
-    checked: bool = True
 
 
 @dataclasses.dataclass(frozen=True)

@@ -165,6 +165,22 @@ def scalars(operands: Operands, blocks: Blocks) -> jax.Array:
     return jnp.concatenate(parts + [jnp.asarray(x, jnp.int32).reshape(-1) for x in tables])
 
 
+@dataclasses.dataclass(frozen=True)
+class Body:
+    """One way to do a block, chosen by where it lies.
+
+    Attributes:
+      offset: position of the first key minus that of the first query if it is static, None if it
+        is read at run time.
+      inside: whether the band hides nothing.
+      checked: whether segment ids, the mask and the end of the keys are looked at.
+    """
+
+    offset: int | None = None
+    inside: bool = False
+    checked: bool = True
+
+
 class Place(NamedTuple):
     """What a grid step does: block i of queries and j of keys, and where it is among those of i."""
 

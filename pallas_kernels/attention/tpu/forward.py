@@ -18,7 +18,8 @@ from pallas_kernels.attention.arguments import Operands, Spec
 from pallas_kernels.attention.tpu import blocks as blocks_lib
 from pallas_kernels.attention.tpu import forward_edges as edges
 from pallas_kernels.attention.tpu import layout, side, tile
-from pallas_kernels.attention.tpu.forward_kernel import SUBLANES, Body, Plan, Step
+from pallas_kernels.attention.tpu.blocks import Body
+from pallas_kernels.attention.tpu.forward_kernel import SUBLANES, Plan, Step
 from pallas_kernels.attention.varying import result
 from pallas_kernels.block_sizes import BlockSizes
 

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from pallas_kernels.attention.tpu import tile
-from pallas_kernels.attention.tpu.forward_kernel import SUBLANES, Body, Step
+from pallas_kernels.attention.tpu.blocks import Body
+from pallas_kernels.attention.tpu.forward_kernel import SUBLANES, Step
 from pallas_kernels.attention.tpu.layout import LANES
 
 AT_RUN_TIME = Body()

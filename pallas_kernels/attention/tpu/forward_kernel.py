@@ -21,28 +21,12 @@ from jax.experimental import pallas as pl
 from pallas_kernels.attention import dropout
 from pallas_kernels.attention.arguments import Spec
 from pallas_kernels.attention.tpu import side, tile
-from pallas_kernels.attention.tpu.blocks import Blocks, Reader
+from pallas_kernels.attention.tpu.blocks import Blocks, Body, Reader
 from pallas_kernels.attention.tpu.layout import Heads
 
 LIMIT = 2.0**60  # of the sum of weights: leaves 2^67 for values
 SUBLANES = 8
 ONES = 16  # rows of ones: a packed register of bfloat16
-
-
-@dataclasses.dataclass(frozen=True)
-class Body:
-    """One way to do a block, chosen by where it lies.
-
-    Attributes:
-      offset: position of the first key minus that of the first query if it is static, None if it
-        is read at run time.
-      inside: whether the band hides nothing.
-      checked: whether segment ids and the end of the keys are looked at.
-    """
-
-    offset: int | None = None
-    inside: bool = False
-    checked: bool = True
 
 
 @dataclasses.dataclass(frozen=True)

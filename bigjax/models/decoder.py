@@ -1,7 +1,7 @@
 """What decoder-only language models share: the key-value cache, and the way into and out of them.
 
 Legend: B batch, T positions of the input, S positions of the cache, C width, H query heads,
-K key-value heads, D size of a head, V vocabulary, L layers.
+K key-value heads, D size of a head, F = K D, V vocabulary, L layers.
 """
 
 from typing import Any, NamedTuple
@@ -28,7 +28,7 @@ class Cache(NamedTuple):
 
     Attributes:
       layers: as `bigjax.nn.stack.stack` takes them: unrolled, one pair of keys and values
-        [B, S, K, D] a layer; scanned, one pair [L, B, S, K, D].
+        [B, S, F] a layer; scanned, one pair [L, B, S, F].
       length_B: int32.
     """
 
@@ -96,7 +96,7 @@ class DecoderLM(nn.Module):
         length = length or self.context_length
         if length > self.context_length:
             raise ValueError(f'{length} positions: the model sees {self.context_length}')
-        shape = (batch, length, self._kv_heads, self.width // self.heads)
+        shape = (batch, length, self._kv_heads * (self.width // self.heads))
         layers = empty_layers(shape, self.dtype, depth=self.depth, scan=self.scan)
         return Cache(layers, jnp.zeros(batch, jnp.int32))
 
@@ -136,12 +136,12 @@ def attend(
     return cached_attention(q_BTHD, *kv, start_B=start_B, impl=impl), kv
 
 
-def _write(cache_BSKD: jax.Array, new_BTKD: jax.Array, start_B: jax.Array) -> jax.Array:
-    new_BTKD = new_BTKD.astype(cache_BSKD.dtype)
+def _write(cache_BSF: jax.Array, new_BTKD: jax.Array, start_B: jax.Array) -> jax.Array:
+    new_BTF = new_BTKD.reshape(*new_BTKD.shape[:2], -1).astype(cache_BSF.dtype)
     update = jax.vmap(
         lambda row, new, start: jax.lax.dynamic_update_slice_in_dim(row, new, start, 0)
     )
-    return update(cache_BSKD, new_BTKD, start_B)
+    return update(cache_BSF, new_BTF, start_B)
 
 
 def embed(embedding_VC: jax.Array, tokens_BT: jax.Array, dtype: Any) -> jax.Array:

@@ -149,9 +149,8 @@ class Transformer(nn.Module):
     def init_cache(self, rows: int, length: int, memory: Memory | None = None) -> Any:
         """Returns empty caches of `rows` texts of up to `length` tokens, whatever the source."""
         del memory
-        shape = (rows, length, self.heads, self.width // self.heads)
         depth = self.decoder_depth or self.depth
-        return empty_layers(shape, self.dtype, depth=depth, scan=self.scan)
+        return empty_layers((rows, length, self.width), self.dtype, depth=depth, scan=self.scan)
 
     @property
     def cache_axis(self) -> int:

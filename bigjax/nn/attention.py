@@ -1,7 +1,7 @@
 """Attention: the one place that calls its kernels, on whatever mesh is set.
 
 Legend: B batch, T queries, S keys and values, H query heads, K key-value heads (K divides H),
-D size of a head, L layers, N arrays.
+D size of a head, F = K D features of all key-value heads, L layers, N arrays.
 """
 
 from typing import Any, Literal
@@ -53,8 +53,8 @@ def attention(
 
 def cached_attention(
     q_BTHD: jax.Array,
-    k_BSKD: jax.Array,
-    v_BSKD: jax.Array,
+    k_BSF: jax.Array,
+    v_BSF: jax.Array,
     *,
     start_B: jax.Array,
     impl: Implementation = 'auto',
@@ -67,8 +67,9 @@ def cached_attention(
 
     Args:
       q_BTHD: queries.
-      k_BSKD: cached keys, those of the queries included.
-      v_BSKD: cached values, likewise.
+      k_BSF: cached keys, those of the queries included, their heads side by side: a TPU's kernel
+        reads them so, and would copy a cache that has heads as a dimension at every call.
+      v_BSF: cached values, likewise.
       start_B: int32, how many positions were filled before these queries.
       impl: as in `attention`; 'auto' is 'xla' on more than one device.
       features: `window`, `scale` and so on; see `pallas_kernels.attention.decode_attention`.
@@ -80,16 +81,18 @@ def cached_attention(
         impl = 'xla'
     call = _named(kernels.decode_attention, impl)
     lengths_B = start_B.astype(jnp.int32) + q_BTHD.shape[1]
+    B, S, D = *k_BSF.shape[:2], q_BTHD.shape[3]
+    k_BSKD, v_BSKD = k_BSF.reshape(B, S, -1, D), v_BSF.reshape(B, S, -1, D)
     return call(q_BTHD, k_BSKD, v_BSKD, lengths_B=lengths_B, **features)
 
 
 def empty_layers(
-    shape: tuple[int, int, int, int], dtype: Any, *, depth: int, scan: bool
+    shape: tuple[int, int, int], dtype: Any, *, depth: int, scan: bool
 ) -> tuple[KeyValue, ...] | KeyValue:
-    """Returns zeros for keys and values [B, S, K, D] of `depth` layers, to be decoded into.
+    """Returns zeros for keys and values [B, S, F] of `depth` layers, to be decoded into.
 
     As `bigjax.nn.stack.stack` takes them: unrolled, one pair a layer; scanned, one pair
-    [L, B, S, K, D].
+    [L, B, S, F].
     """
     if scan:
         return jnp.zeros((depth, *shape), dtype), jnp.zeros((depth, *shape), dtype)

@@ -49,7 +49,9 @@ class SelfAttention(nn.Module):
             )
         else:
             cache = tuple(
-                jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), position, 1)
+                jax.lax.dynamic_update_slice_in_dim(
+                    old, new.reshape(*new.shape[:2], C).astype(old.dtype), position, 1
+                )
                 for old, new in zip(cache, (k_NTHD, v_NTHD), strict=True)
             )
             start_N = jnp.full(x_NTC.shape[:1], position, jnp.int32)

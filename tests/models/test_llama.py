@@ -42,8 +42,8 @@ def test_as_many_key_value_heads_as_asked_for():
     attention = shapes['params']['block_0']['attention']
     assert attention['query']['kernel'].shape == (16, 4, 4)
     assert attention['key']['kernel'].shape == attention['value']['kernel'].shape == (16, 2, 4)
-    assert TINY.init_cache(3).layers[0][0].shape == (3, 8, 2, 4)
-    assert TINY.clone(scan=True).init_cache(3, 5).layers[1].shape == (1, 3, 5, 2, 4)
+    assert TINY.init_cache(3).layers[0][0].shape == (3, 8, 8)
+    assert TINY.clone(scan=True).init_cache(3, 5).layers[1].shape == (1, 3, 5, 8)
 
 
 def test_attention_knows_distances_alone():

@@ -65,7 +65,8 @@ def test_cached_attention_equals_causal_attention_and_ignores_what_lies_behind(i
     start_B = jnp.array([2, 4])
     queries = jnp.stack([q_BTHD[0, 2:5], q_BTHD[1, 4:7]])
     k_BSHD, v_BSHD = (x.at[0, 5:].set(jnp.nan) for x in (k_BSHD, v_BSHD))
-    got = cached_attention(queries, k_BSHD, v_BSHD, start_B=start_B, impl=impl)
+    k_BSF, v_BSF = (x.reshape(*x.shape[:2], -1) for x in (k_BSHD, v_BSHD))
+    got = cached_attention(queries, k_BSF, v_BSF, start_B=start_B, impl=impl)
     np.testing.assert_allclose(got, jnp.stack([full[0, 2:5], full[1, 4:7]]), atol=1e-6)
 
 

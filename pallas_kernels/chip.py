@@ -93,18 +93,19 @@ def from_kind(kind: str) -> Chip | None:
     return None
 
 
-def current_chip() -> Chip | None:
-    """The chip that code traced now will run on, or None if it is no chip of the table.
+def accelerator() -> str | None:
+    """The kind of device that code traced now will run on; None is a CPU.
 
     An abstract mesh that names a device wins (a compile ahead of time says so for what it
     compiles); else it is the default device.
     """
-    abstract = jax.sharding.get_abstract_mesh().abstract_device
-    if abstract is not None:
-        return from_kind(abstract.device_kind)
-    default = jax.config.jax_default_device
-    if isinstance(default, str):  # a platform's name
-        device = jax.local_devices(backend=default)[0]
-    else:
-        device = default or jax.local_devices()[0]
-    return from_kind(device.device_kind)
+    device = jax.sharding.get_abstract_mesh().abstract_device or jax.config.jax_default_device
+    if device is None or isinstance(device, str):  # a platform's name
+        device = jax.local_devices(backend=device)[0]
+    return None if device.platform == 'cpu' else device.device_kind
+
+
+def current_chip() -> Chip | None:
+    """The chip that code traced now will run on (see `accelerator`), or None if it is not known."""
+    kind = accelerator()
+    return None if kind is None else from_kind(kind)

@@ -12,11 +12,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.arrays import FLOATS, wrong
 from pallas_kernels.block_sizes import BlockSizes
 
 Window = tuple[int | None, int | None]
 
-_FLOATS = ('bfloat16', 'float16', 'float32', 'float64')
 _LETTERS = {'q': 'B, T, H, D', 'k': 'B, S, K, D', 'v': 'B, S, K, V'}
 
 
@@ -80,11 +80,6 @@ class Gradients(NamedTuple):
     sinks: jax.Array | None = None
 
 
-def accumulator(dtype: jnp.dtype) -> jnp.dtype:
-    """Returns the type in which logits and sums are held: float32, or float64 for float64."""
-    return jnp.promote_types(dtype, jnp.float32)
-
-
 def check_arguments(
     q: jax.Array,
     k: jax.Array,
@@ -116,7 +111,7 @@ def check_arguments(
         kv_segment_ids = segment_ids
     dropout_rate = _check_dropout(dropout_rate, dropout_seed)
     if block_sizes is not None and not isinstance(block_sizes, BlockSizes):
-        raise _wrong('block_sizes', block_sizes, 'must be a BlockSizes or None', 'None')
+        raise wrong('block_sizes', block_sizes, 'must be a BlockSizes or None', 'None')
     operands = Operands(
         q,
         k,
@@ -138,35 +133,27 @@ def check_arguments(
     return operands, spec
 
 
-def _wrong(name: str, value: object, rule: str, good: str) -> ValueError:
-    if isinstance(value, jax.Array):
-        value = f'{value.dtype}{list(value.shape)}'
-    return ValueError(f'{name}={value}: {rule}; try {name}={good}')
-
-
 def _check_qkv(q: jax.Array, k: jax.Array, v: jax.Array) -> None:
     arrays = {'q': q, 'k': k, 'v': v}
     for name, x in arrays.items():
         if x.ndim != 4 or not x.size:
             rule = f'must have four dimensions [{_LETTERS[name]}], none of them 0'
-            raise _wrong(name, x, rule, f'{q.dtype}[2, 16, 4, 64]')
-        if x.dtype.name not in _FLOATS:
-            raise _wrong(
-                name, x, f'must be one of {", ".join(_FLOATS)}', f"{name}.astype('float32')"
-            )
+            raise wrong(name, x, rule, f'{q.dtype}[2, 16, 4, 64]')
+        if x.dtype.name not in FLOATS:
+            raise wrong(name, x, f'must be one of {", ".join(FLOATS)}', f"{name}.astype('float32')")
     (B, _, H, D), (S, K) = q.shape, k.shape[1:3]
     shapes = {'k': (B, S, K, D), 'v': (B, S, K, v.shape[3])}
     for name, shape in shapes.items():
         fits = f'{q.dtype}{list(shape)}'
         if arrays[name].dtype != q.dtype:
-            raise _wrong(name, arrays[name], f'must have the type of q, {q.dtype}', fits)
+            raise wrong(name, arrays[name], f'must have the type of q, {q.dtype}', fits)
         if arrays[name].shape != shape:
             of = 'batch and head size of q' if name == 'k' else 'batch, length and heads of k'
-            raise _wrong(name, arrays[name], f'must have {of}', fits)
+            raise wrong(name, arrays[name], f'must have {of}', fits)
     if H % K:
         good = max(n for n in range(1, K) if H % n == 0)
         rule = f'its {K} heads must divide the {H} heads of q'
-        raise _wrong('k', k, rule, f'{k.dtype}{[B, S, good, D]}')
+        raise wrong('k', k, rule, f'{k.dtype}{[B, S, good, D]}')
 
 
 def _check_segments(
@@ -187,11 +174,11 @@ def _check_segments(
             rule = f'must be given with {other}'
             if name == 'kv_segment_ids':
                 rule += f', as q has length {queries[1]} and k {keys[1]}'
-            raise _wrong(name, ids, rule, good)
+            raise wrong(name, ids, rule, good)
         ids = jnp.asarray(ids)
         if not jnp.issubdtype(ids.dtype, jnp.integer) or ids.shape != shape:
             letters = '[B, T]' if name == 'segment_ids' else '[B, S]'
-            raise _wrong(name, ids, f'must be integers of shape {letters}', good)
+            raise wrong(name, ids, f'must be integers of shape {letters}', good)
         checked.append(ids.astype(jnp.int32))
     return tuple(checked)
 
@@ -204,7 +191,7 @@ def _check_broadcast(name: str, x: jax.Array | None, shape: tuple[int, ...]) -> 
     fits = x.ndim == 4 and all(n in (1, full) for n, full in zip(x.shape, shape, strict=True))
     if not fits or not jnp.issubdtype(x.dtype, good):
         rule = f'must be {kind} with dimensions [B, H, T, S], each full or 1'
-        raise _wrong(name, x, rule, f'{"bool" if name == "mask" else "float32"}{list(shape)}')
+        raise wrong(name, x, rule, f'{"bool" if name == "mask" else "float32"}{list(shape)}')
     return x
 
 
@@ -213,20 +200,20 @@ def _check_sinks(sinks: jax.Array | None, H: int) -> jax.Array | None:
         return None
     sinks = jnp.asarray(sinks)
     if sinks.shape != (H,) or not jnp.issubdtype(sinks.dtype, jnp.floating):
-        raise _wrong('sinks', sinks, 'must be float of shape [H]', f'float32[{H}]')
+        raise wrong('sinks', sinks, 'must be float of shape [H]', f'float32[{H}]')
     return sinks
 
 
 def _check_number(name: str, x: float, good: str) -> float:
     # A traced value would have to be an operand, with a gradient of its own.
     if not isinstance(x, numbers.Real) or isinstance(x, bool) or not math.isfinite(x):
-        raise _wrong(name, x, 'must be a finite Python number, for it is compiled in', good)
+        raise wrong(name, x, 'must be a finite Python number, for it is compiled in', good)
     return float(x)
 
 
 def _check_causal(causal: bool) -> bool:
     if not isinstance(causal, bool):
-        raise _wrong('causal', causal, 'must be True or False, for it is compiled in', 'True')
+        raise wrong('causal', causal, 'must be True or False, for it is compiled in', 'True')
     return causal
 
 
@@ -237,7 +224,7 @@ def _check_window(window: int | Window | None) -> Window:
         for n in left_right
     ):
         rule = 'must be None, a Python int >= 0, or a pair (left, right) of these'
-        raise _wrong('window', window, rule, '(128, 0)')
+        raise wrong('window', window, rule, '(128, 0)')
     return left_right
 
 
@@ -245,17 +232,17 @@ def _check_softcap(softcap: float | None) -> float | None:
     if softcap is None:
         return None
     if _check_number('softcap', softcap, '50.0') <= 0:
-        raise _wrong('softcap', softcap, 'must be > 0, or None for no cap', '50.0')
+        raise wrong('softcap', softcap, 'must be > 0, or None for no cap', '50.0')
     return float(softcap)
 
 
 def _check_dropout(rate: float, seed: jax.Array | int | None) -> float:
     rate = _check_number('dropout_rate', rate, '0.1')
     if not 0 <= rate < 1:
-        raise _wrong('dropout_rate', rate, 'must be in [0, 1)', '0.1')
+        raise wrong('dropout_rate', rate, 'must be in [0, 1)', '0.1')
     if rate and seed is None:
         rule = f'dropout_rate={rate} needs an int32 scalar, another one at every step and layer'
-        raise _wrong('dropout_seed', seed, rule, "jax.random.bits(key, (), 'uint32')")
+        raise wrong('dropout_seed', seed, rule, "jax.random.bits(key, (), 'uint32')")
     return rate
 
 
@@ -265,5 +252,5 @@ def _check_seed(seed: jax.Array | int) -> jax.Array:
     seed = jnp.asarray(seed)
     if seed.shape or seed.dtype not in (jnp.int32, jnp.uint32):
         rule = 'must be an int, or a scalar of int32 or uint32'
-        raise _wrong('dropout_seed', seed, rule, "jax.random.bits(key, (), 'uint32')")
+        raise wrong('dropout_seed', seed, rule, "jax.random.bits(key, (), 'uint32')")
     return jax.lax.bitcast_convert_type(seed, jnp.int32)

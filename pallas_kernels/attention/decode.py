@@ -13,6 +13,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.arrays import accumulator, wrong
 from pallas_kernels.attention import arguments, reference
 from pallas_kernels.block_sizes import BlockSizes
 from pallas_kernels.chip import current_chip
@@ -145,21 +146,21 @@ def _check(q, k, v, lengths_B, page_table_BP) -> tuple[jax.Array, _Cache]:
     for name, x in (('q', q), ('k', k), ('v', v)):
         if x.ndim != 4 or not x.size or not jnp.issubdtype(x.dtype, jnp.floating):
             rule = f'must be float {letters[name]}, no dimension of them 0'
-            raise arguments._wrong(name, x, rule, f'{q.dtype}[2, 16, 4, 64]')
+            raise wrong(name, x, rule, f'{q.dtype}[2, 16, 4, 64]')
     (B, _, H, D), (n, s, K, _) = q.shape, k.shape
     fits = (n if paged else B, s, K, D)
     if k.shape != fits:
         rule = f'must have the {"head size" if paged else "rows and head size"} of q'
-        raise arguments._wrong('k', k, rule, f'{k.dtype}{list(fits)}')
+        raise wrong('k', k, rule, f'{k.dtype}{list(fits)}')
     if v.shape[:3] != k.shape[:3] or v.dtype != k.dtype:
         fits = f'{k.dtype}{[*k.shape[:3], v.shape[3]]}'
-        raise arguments._wrong('v', v, 'must have the type of k and its first dimensions', fits)
+        raise wrong('v', v, 'must have the type of k and its first dimensions', fits)
     if H % K:
         good = max(n for n in range(1, K) if H % n == 0)
         rule = f'its {K} heads must divide the {H} heads of q'
-        raise arguments._wrong('k', k, rule, f'{k.dtype}{[n, s, good, D]}')
+        raise wrong('k', k, rule, f'{k.dtype}{[n, s, good, D]}')
     if not jnp.issubdtype(lengths_B.dtype, jnp.integer) or lengths_B.shape != (B,):
-        raise arguments._wrong('lengths_B', lengths_B, 'must be integers [B]', f'int32[{B}]')
+        raise wrong('lengths_B', lengths_B, 'must be integers [B]', f'int32[{B}]')
     if paged:
         page_table_BP = jnp.asarray(page_table_BP)
         shape = page_table_BP.shape
@@ -167,7 +168,7 @@ def _check(q, k, v, lengths_B, page_table_BP) -> tuple[jax.Array, _Cache]:
             shape[0] != B or not shape[1]
         ):  # fmt: skip
             rule = 'must be integers [B, pages of a row]'
-            raise arguments._wrong('page_table_BP', page_table_BP, rule, f'int32[{B}, 8]')
+            raise wrong('page_table_BP', page_table_BP, rule, f'int32[{B}, 8]')
         page_table_BP = page_table_BP.astype(jnp.int32)
     cache = _Cache(k, v, lengths_B, page_table_BP)
     return q, cache._replace(lengths_B=jnp.clip(lengths_B, 0, cache.size).astype(jnp.int32))
@@ -189,7 +190,7 @@ def _reference(
     q_BTHD: jax.Array, cache: _Cache, sinks_H: jax.Array | None, spec: DecodeSpec
 ) -> tuple[jax.Array, jax.Array]:
     """The specification: that of attention, with a mask."""
-    T, S, dtype = q_BTHD.shape[1], cache.size, arguments.accumulator(cache.k.dtype)
+    T, S, dtype = q_BTHD.shape[1], cache.size, accumulator(cache.k.dtype)
     s_S, t_T = jnp.arange(S), jnp.arange(T)
     filled_BS11 = (s_S[None] < cache.lengths_B[:, None])[..., None, None]
     k_BSKD, v_BSKV = (
@@ -217,7 +218,7 @@ def _xla(
 ) -> tuple[jax.Array, jax.Array]:
     """Online softmax over blocks of keys, from the first that is seen to the longest length."""
     (B, T, H, _), K, S = q_BTHD.shape, cache.k.shape[2], cache.size
-    dtype = arguments.accumulator(cache.k.dtype)
+    dtype = accumulator(cache.k.dtype)
     einsum = functools.partial(jnp.einsum, preferred_element_type=dtype, precision='highest')
     page = 1 if cache.page_table_BL is None else cache.k.shape[1]
     W = min(S, max(1, block // page) * page)

@@ -11,11 +11,12 @@ from types import ModuleType
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.attention.arguments import Gradients, Operands, Spec, accumulator
+from pallas_kernels.arrays import accumulator
+from pallas_kernels.attention.arguments import Gradients, Operands, Spec
 from pallas_kernels.attention.partition import Axes, Partition, partition
 from pallas_kernels.attention.ring import Ring
-from pallas_kernels.attention.varying import vary, varying
 from pallas_kernels.block_sizes import BlockSizes
+from pallas_kernels.mesh import vary, varying
 
 
 @dataclasses.dataclass(frozen=True)

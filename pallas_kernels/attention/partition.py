@@ -8,13 +8,11 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
 
 from pallas_kernels.attention.arguments import Operands
 from pallas_kernels.attention.layouts import LAYOUTS, Layout
-
-Names = tuple[str, ...]
+from pallas_kernels.mesh import Names, check_axes, check_once, manual, names, part
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,27 +36,12 @@ class Axes:
             raise ValueError(
                 f'context={self.context}: must be one axis; try context={self.context[0]!r}'
             )
-        for name in self.names:
-            if self.names.count(name) > 1:
-                raise ValueError(
-                    f'batch={self.batch}, heads={self.heads}, context={self.context}: axis '
-                    f'{name!r} splits two dimensions; try context=None'
-                )
+        check_once(self.fields, 'context=None')
 
     @property
-    def names(self) -> Names:
-        return self.batch + self.heads + self.context
-
-    def check(self, mesh: AbstractMesh) -> None:
-        """Raises ValueError unless every axis is one of the mesh's."""
-        for field in ('batch', 'heads', 'context'):
-            for name in getattr(self, field):
-                if name not in mesh.axis_names:
-                    raise ValueError(
-                        f'{field}={name!r}: is no axis of the mesh, which has '
-                        f'{", ".join(map(repr, mesh.axis_names))}; try '
-                        f'{field}={mesh.axis_names[0]!r}'
-                    )
+    def fields(self) -> dict[str, Names]:
+        """The axes by the argument that named them."""
+        return {'batch': self.batch, 'heads': self.heads, 'context': self.context}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,19 +82,12 @@ class Partition:
     @property
     def outputs(self) -> tuple[P, P]:
         """The PartitionSpecs of o_BTHV and lse_BHT."""
-        b, c, h = (names or None for names in (self.batch, self.context, self.heads))
+        b, c, h = (axes or None for axes in (self.batch, self.context, self.heads))
         return P(b, c, h, None), P(b, h, c)
 
     def local(self, operands: Operands) -> Operands:
         """Returns the shapes and types of one device's part."""
-        mesh = jax.sharding.get_abstract_mesh()
-
-        def one(x, spec):
-            parts = [math.prod(mesh.shape[n] for n in axes_of(dim)) for dim in spec]
-            shape = [n // p for n, p in zip(x.shape, parts, strict=True)]
-            return jax.ShapeDtypeStruct(tuple(shape), x.dtype)
-
-        here = jax.tree.map(one, operands, self.specs(operands))
+        here = part(operands, self.specs(operands))
         k_BSKD, v_BSKV = here.k_BSKD, here.v_BSKV
         if self.kv_heads != self.heads:
             H, K = here.q_BTHD.shape[2], k_BSKD.shape[2]
@@ -127,7 +103,7 @@ class Partition:
         """Returns the axes that split the queries but not an operand with this PartitionSpec."""
         if spec is None:
             return ()
-        held = [name for dim in spec for name in axes_of(dim)]
+        held = [name for dim in spec for name in names(dim)]
         return tuple(n for n in self.batch + self.heads + self.context if n not in held)
 
 
@@ -140,16 +116,15 @@ def partition(axes: Axes, operands: Operands) -> Partition | None:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return None
-    axes.check(mesh)
-    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
-    manual = tuple(n for n, kind in kinds.items() if kind == AxisType.Manual)
-    mapped = tuple(n for n in mesh.axis_names if n not in manual)
-    if not manual and mesh.size == 1:
+    check_axes(mesh, axes.fields)
+    around = manual(mesh)
+    mapped = tuple(n for n in mesh.axis_names if n not in around)
+    if not around and mesh.size == 1:
         return None
-    free = lambda names: tuple(n for n in names if n not in manual)  # noqa: E731
-    size = lambda names: math.prod(mesh.shape[n] for n in names)  # noqa: E731
+    free = lambda axes: tuple(n for n in axes if n not in around)  # noqa: E731
+    size = lambda axes: math.prod(mesh.shape[n] for n in axes)  # noqa: E731
     (B, T, H, _), (_, S, K, _) = operands.q_BTHD.shape, operands.k_BSKD.shape
-    batch, heads, context = (free(names) for names in (axes.batch, axes.heads, axes.context))
+    batch, heads, context = (free(n) for n in (axes.batch, axes.heads, axes.context))
     # A model is often initialised with a row or two.
     batch = () if size(batch) > B else batch
     _divides('batch', batch, 'batch rows', B, size(batch))
@@ -160,12 +135,7 @@ def partition(axes: Axes, operands: Operands) -> Partition | None:
         parts = chunks * size(context)
         _divides('context', axes.context, f'positions of {name}', length, parts, chunks > 1)
     kv_heads = heads if K % size(heads) == 0 else ()
-    return Partition(axes, manual, mapped, batch, heads, kv_heads, context)
-
-
-def axes_of(dim: str | Names | None) -> Names:
-    """Returns the axes that one entry of a PartitionSpec names."""
-    return (dim,) if isinstance(dim, str) else tuple(dim or ())
+    return Partition(axes, around, mapped, batch, heads, kv_heads, context)
 
 
 def _divides(

@@ -8,8 +8,9 @@ broadcast dimension.
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.arrays import accumulator
 from pallas_kernels.attention import dropout
-from pallas_kernels.attention.arguments import Gradients, Operands, Spec, accumulator
+from pallas_kernels.attention.arguments import Gradients, Operands, Spec
 from pallas_kernels.block_sizes import BlockSizes
 
 

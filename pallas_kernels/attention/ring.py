@@ -15,8 +15,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.arrays import accumulator
 from pallas_kernels.attention import reference
-from pallas_kernels.attention.arguments import Gradients, Operands, Spec, accumulator
+from pallas_kernels.attention.arguments import Gradients, Operands, Spec
 from pallas_kernels.attention.layouts import Layout
 from pallas_kernels.attention.ring_place import Keys, Pair, Place, cut, put
 from pallas_kernels.block_sizes import BlockSizes

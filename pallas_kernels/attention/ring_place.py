@@ -15,7 +15,7 @@ import numpy as np
 
 from pallas_kernels.attention.arguments import Operands, Spec
 from pallas_kernels.attention.layouts import Layout, Route, route
-from pallas_kernels.attention.varying import vary, varying
+from pallas_kernels.mesh import vary, varying
 
 
 class Keys(NamedTuple):

@@ -15,16 +15,15 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
-from jax.sharding import AxisType
-from jax.sharding import PartitionSpec as P
 
 from pallas_kernels.attention.arguments import Operands, Spec, check_arguments
 from pallas_kernels.attention.choice import Implementation, chosen
 from pallas_kernels.attention.differentiable import attend
 from pallas_kernels.attention.layouts import Layout
 from pallas_kernels.attention.mapped import Sharded
-from pallas_kernels.attention.partition import Axes, Names, axes_of, partition
+from pallas_kernels.attention.partition import Axes, partition
 from pallas_kernels.block_sizes import BlockSizes
+from pallas_kernels.mesh import Names, manual, names, reshard
 
 
 def shard(
@@ -52,7 +51,6 @@ def shard(
     Raises:
       ValueError: an axis is not in the mesh or named twice, or a dimension does not divide.
     """
-    names = lambda x: (x,) if isinstance(x, str) else tuple(x or ())  # noqa: E731
     axes = Axes(names(batch), names(heads), names(context), layout)
 
     def attention(
@@ -72,7 +70,7 @@ def shard(
             results = attend(module, operands, spec, block_sizes, return_lse)
         else:
             implementation = Sharded(chosen(impl, parts.local(operands), spec), axes)
-            operands = _reshard(operands, parts.specs(operands))
+            operands = reshard(operands, parts.specs(operands))
             if parts.manual or layout == 'zigzag':
                 results = _attend_once(implementation, operands, spec, block_sizes)
             else:
@@ -85,18 +83,17 @@ def shard(
 def _arguments(axes: Axes, q, k, v, features) -> tuple[Operands, Spec]:
     """Returns the checked arguments; a part's mask or bias may have the columns of all keys."""
     mesh = jax.sharding.get_abstract_mesh()
-    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
-    manual = [n for n in axes.context if kinds.get(n) == AxisType.Manual]
-    if not manual or jnp.ndim(k) != 4:
+    around = [n for n in axes.context if n in manual(mesh)]
+    if not around or jnp.ndim(k) != 4:
         return check_arguments(q, k, v, **features)
     here, kept = k.shape[1], {}
-    keys = here * mesh.shape[manual[0]]
+    keys = here * mesh.shape[around[0]]
     for name in ('mask', 'bias'):
         x = features.get(name)
         if x is not None and jnp.ndim(x) == 4 and x.shape[3] > 1:
             if x.shape[3] != keys:
                 raise ValueError(
-                    f'{name}={x.dtype}{list(x.shape)}: in a shard_map over {manual[0]!r} it must '
+                    f'{name}={x.dtype}{list(x.shape)}: in a shard_map over {around[0]!r} it must '
                     f'have the columns of all {keys} keys, or one; try in_specs that do not split '
                     f'its last dimension'
                 )
@@ -104,22 +101,6 @@ def _arguments(axes: Axes, q, k, v, features) -> tuple[Operands, Spec]:
             features = features | {name: x[..., :here]}
     operands, spec = check_arguments(q, k, v, **features)
     return operands._replace(**kept), spec
-
-
-def _reshard(operands: Operands, specs: Operands) -> Operands:
-    """Returns the operands as `jax.shard_map` takes them where axes are Explicit."""
-    mesh = jax.sharding.get_abstract_mesh()
-    explicit = [
-        n
-        for n, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
-        if kind == AxisType.Explicit
-    ]
-    if not explicit:
-        return operands
-    keep = lambda dim: tuple(n for n in axes_of(dim) if n in explicit) or None  # noqa: E731
-    return jax.tree.map(
-        lambda x, spec: jax.sharding.reshard(x, P(*map(keep, spec))), operands, specs
-    )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 2, 3))

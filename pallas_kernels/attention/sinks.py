@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.attention.arguments import accumulator
+from pallas_kernels.arrays import accumulator
 
 
 def sinks_gradient(sinks_H: jax.Array, lse_BHT: jax.Array, delta_BHT: jax.Array) -> jax.Array:

@@ -16,7 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.attention.arguments import Gradients, Operands, Spec, accumulator
+from pallas_kernels.arrays import accumulator
+from pallas_kernels.attention.arguments import Gradients, Operands, Spec
 from pallas_kernels.attention.sinks import sinks_gradient
 from pallas_kernels.attention.xla_chunk import (
     Place,

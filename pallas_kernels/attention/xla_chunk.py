@@ -12,8 +12,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.arrays import accumulator
 from pallas_kernels.attention import dropout
-from pallas_kernels.attention.arguments import Operands, Spec, accumulator
+from pallas_kernels.attention.arguments import Operands, Spec
 from pallas_kernels.attention.xla_runs import Run
 
 Index = int | jax.Array

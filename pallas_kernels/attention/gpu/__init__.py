@@ -19,12 +19,11 @@ from pallas_kernels.attention.gpu.backward_queries import query_gradient
 from pallas_kernels.attention.gpu.forward_kernel import forward as _forward
 from pallas_kernels.attention.gpu.logits import LOG2_E
 from pallas_kernels.attention.sinks import sinks_gradient
-from pallas_kernels.attention.varying import vary, varying
 from pallas_kernels.block_sizes import BlockSizes
+from pallas_kernels.hopper import SHARED_MEMORY, interpretation, other_chip
+from pallas_kernels.mesh import vary, varying
 
-HOPPER = ('H100', 'H200', 'H800', 'H20')  # parts of a device's kind; GH200 has H200
 LARGEST_HEAD = 256
-SHARED_MEMORY = 227 * 1024 - 4096  # of a block, less what barriers and vectors take
 STAGES = 2
 
 
@@ -42,24 +41,7 @@ def refuses(operands: Operands, spec: Spec) -> str | None:
         return f'takes heads of up to {LARGEST_HEAD}, and these have {q.shape[3]} and {v.shape[3]}'
     if spec.scale <= 0:
         return f'takes a positive scale, not {spec.scale}'
-    kind = _accelerator()
-    if kind is not None and not any(name in kind for name in HOPPER):
-        return f'is for Hopper ({", ".join(HOPPER)}), and this is {kind}'
-    return None
-
-
-def _accelerator() -> str | None:
-    """Returns the kind of device that code traced now will run on; None is a CPU."""
-    device = jax.sharding.get_abstract_mesh().abstract_device or jax.config.jax_default_device
-    if device is None or isinstance(device, str):
-        device = jax.local_devices(backend=device)[0]
-    return None if device.platform == 'cpu' else device.device_kind
-
-
-def _mode(interpret: plgpu.InterpretGPUParams | None) -> plgpu.InterpretGPUParams | None:
-    if interpret is None and _accelerator() is None:
-        return plgpu.InterpretGPUParams()
-    return interpret
+    return other_chip()
 
 
 def _columns(sizes: BlockSizes | None, bytes_a_key: int, held: int) -> int:
@@ -114,7 +96,7 @@ def forward(
         tiles.band(operands, spec),
         columns=columns,
         stages=STAGES,
-        interpret=_mode(interpret),
+        interpret=interpretation(interpret),
     )
     return vary((o[:, :T, :, :V], lse[..., :T]), varying(operands))
 
@@ -136,7 +118,7 @@ def backward(
     """
     del block_sizes
     T, S, V = o_BTHV.shape[1], operands.k_BSKD.shape[1], o_BTHV.shape[3]
-    D, interpret = operands.q_BTHD.shape[3], _mode(interpret)
+    D, interpret = operands.q_BTHD.shape[3], interpretation(interpret)
     delta = jnp.einsum(
         'BTHV,BTHV->BHT',
         o_BTHV,

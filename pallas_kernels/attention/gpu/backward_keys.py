@@ -15,14 +15,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.attention.arguments import Operands, Spec
 from pallas_kernels.attention.gpu import tiles
 from pallas_kernels.attention.gpu.logits import across, hide, slope, softcapped
-from pallas_kernels.attention.gpu.tensor_core import (
-    COLUMN,
-    ROW,
-    ROWS,
-    add_product,
-    product,
-    shared,
-)
+from pallas_kernels.attention.gpu.tensor_core import add_product, product
+from pallas_kernels.hopper import COLUMN, ROW, ROWS, shared
 
 
 def _slot(tile: jax.Array, share: jax.Array | int, where: dict, stages: int) -> jax.Array:

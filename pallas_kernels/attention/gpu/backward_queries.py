@@ -16,7 +16,8 @@ from pallas_kernels.attention.arguments import Operands, Spec
 from pallas_kernels.attention.gpu import tiles
 from pallas_kernels.attention.gpu.logits import down, hide, slope, softcapped
 from pallas_kernels.attention.gpu.producer import copy_keys
-from pallas_kernels.attention.gpu.tensor_core import ROW, ROWS, add_product, products, shared
+from pallas_kernels.attention.gpu.tensor_core import add_product, products
+from pallas_kernels.hopper import ROW, ROWS, shared
 
 
 def _compute(refs: dict, where: dict, spec: Spec, band: tiles.Band, interpret: bool) -> None:

@@ -16,7 +16,8 @@ from pallas_kernels.attention.arguments import Operands, Spec
 from pallas_kernels.attention.gpu import tiles
 from pallas_kernels.attention.gpu.logits import LOG2_E, down, hide, softcapped
 from pallas_kernels.attention.gpu.producer import copy_keys
-from pallas_kernels.attention.gpu.tensor_core import ROW, ROWS, add_product, product, shared
+from pallas_kernels.attention.gpu.tensor_core import add_product, product
+from pallas_kernels.hopper import ROW, ROWS, shared
 
 WARPGROUPS = 2
 # Below any logit; a finite one, so that a row that sees nothing yields zeros and not NaN.
@@ -95,6 +96,13 @@ def _compute(refs: dict, where: dict, spec: Spec, band: tiles.Band, interpret: b
         carry = lax.fori_loop(begin, stop, functools.partial(step, masked=masked), carry)
     total, m, norm = carry
     pl.when(group == 0)(take_turns)
+    _write(refs, where, total, m, norm)
+
+
+def _write(refs: dict, where: dict, total: jax.Array, m: jax.Array, norm: jax.Array) -> None:
+    """Divides a warpgroup's sums by their weights, and writes its outputs and lse."""
+    batch, head, group = where['batch'], where['head'], where['group']
+    queries = pl.ds(where['row'], ROWS)
     sees = norm > 0
     norm = jnp.where(sees, norm, 1.0)
     scale = jnp.where(sees, 1 / norm, 0.0)

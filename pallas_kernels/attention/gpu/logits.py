@@ -13,8 +13,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.attention.arguments import Spec
-from pallas_kernels.attention.gpu.tensor_core import COLUMN, ROW
 from pallas_kernels.attention.gpu.tiles import Band
+from pallas_kernels.hopper import COLUMN, ROW
 
 LOG2_E = math.log2(math.e)
 

@@ -7,16 +7,6 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-ROWS = 64  # rows of one warpgroup's product
-ROW = plgpu.Layout.WGMMA.reduce(1)  # layout of a vector with one entry a row of a product
-COLUMN = plgpu.Layout.WGMMA.reduce(0)  # and one entry a column
-
-
-def shared(shape: tuple[int, ...], dtype: jnp.dtype) -> plgpu.SMEM:
-    """Returns shared memory for 16-bit matrices, laid out as the tensor cores read them."""
-    transforms = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
-    return plgpu.SMEM(shape, dtype, transforms=transforms)
-
 
 def _nothing() -> None:
     pass

@@ -22,9 +22,9 @@ from pallas_kernels.attention.tpu import layout, side, tile
 from pallas_kernels.attention.tpu.backward_bias import bias_gradient
 from pallas_kernels.attention.tpu.backward_kernel import kernel
 from pallas_kernels.attention.tpu.backward_plan import Plan
-from pallas_kernels.attention.varying import result
 from pallas_kernels.block_sizes import BlockSizes
 from pallas_kernels.chip import CHIPS, Chip, current_chip
+from pallas_kernels.mesh import result
 
 STATIC_OFFSETS = 3  # more ways for the band to cross a block than this share one body
 SEMANTICS = ('parallel', 'parallel', 'arbitrary', 'arbitrary')

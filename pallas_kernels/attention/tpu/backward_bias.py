@@ -18,7 +18,7 @@ from pallas_kernels.attention.tpu import side, tile
 from pallas_kernels.attention.tpu.backward_kernel import Step, named_refs
 from pallas_kernels.attention.tpu.backward_plan import Plan
 from pallas_kernels.attention.tpu.blocks import Body
-from pallas_kernels.attention.varying import result
+from pallas_kernels.mesh import result
 
 BLOCK = 512  # rows of a block at most: bias, its gradient and the sum are all whole tiles
 

@@ -42,8 +42,8 @@ from pallas_kernels.attention.tpu.decode_plan import (
     planned_chip,
     quotient_up,
 )
-from pallas_kernels.attention.varying import result
 from pallas_kernels.chip import current_chip
+from pallas_kernels.mesh import result
 
 
 def forward(

@@ -20,8 +20,8 @@ from pallas_kernels.attention.tpu import forward_edges as edges
 from pallas_kernels.attention.tpu import layout, side, tile
 from pallas_kernels.attention.tpu.blocks import Body
 from pallas_kernels.attention.tpu.forward_kernel import SUBLANES, Plan, Step
-from pallas_kernels.attention.varying import result
 from pallas_kernels.block_sizes import BlockSizes
+from pallas_kernels.mesh import result
 
 # State is carried from one block of keys to the next, and nothing else depends on the order.
 SEMANTICS = ('parallel', 'parallel', 'parallel', 'arbitrary')

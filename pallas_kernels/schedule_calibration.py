@@ -14,8 +14,8 @@ import sys
 
 from pallas_kernels import schedule_compile, schedule_model
 from pallas_kernels.chip import named
+from pallas_kernels.schedule_attention import Case
 from pallas_kernels.schedule_compile import CompileError
-from pallas_kernels.schedule_ops import Case
 from pallas_kernels.schedule_rivals import published
 
 FILE = pathlib.Path(__file__).with_suffix('.json')

@@ -15,7 +15,12 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Callable
 from typing import Any
+
+from pallas_kernels import schedule_sources
+from pallas_kernels.chip import Chip, named
+from pallas_kernels.schedule_work import OURS
 
 LIBTPU = '0.0.52'  # the version whose dumps this reader was written for
 TIMEOUT_S = 1800
@@ -29,8 +34,6 @@ _ENVIRONMENT = {
     'TPU_ACCELERATOR_TYPE': 'v5litepod-4',
     'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',
 }
-# Files beside the kernels that a prediction does not go through.
-_ELSEWHERE = ('decode', 'ring', 'sharded', 'partition', 'xla', 'reference')
 _FLAGS = (
     '--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true '
     '--xla_jf_dump_llo_pass_label_regex=final_(bundles|hlo-static).*'
@@ -102,10 +105,11 @@ def compiled(
         elif cached:
             raise CompileError('not compiled before')
         else:
-            _run(request, path)
+            own = 'pallas_kernels.schedule_compile'
+            run([sys.executable, '-m', own, json.dumps(request)], path)
             if kept is not None:
                 _keep(path, kept)
-        return _read(path)
+        return read(path)
 
 
 def _keep(folder: pathlib.Path, kept: pathlib.Path) -> None:
@@ -118,7 +122,12 @@ def _keep(folder: pathlib.Path, kept: pathlib.Path) -> None:
     partial.replace(kept)
 
 
-def _read(folder: pathlib.Path) -> Compiled:
+def read(folder: pathlib.Path, *, bare: bool = False) -> Compiled:
+    """What the compiler and `into` wrote into a folder; `bare` does not miss the bundles.
+
+    Raises:
+      CompileError: if it did not compile, or if the compiler wrote no bundles.
+    """
     facts = json.loads((folder / 'facts.json').read_text())
     if 'error' in facts:
         raise CompileError(facts['error'])
@@ -130,7 +139,7 @@ def _read(folder: pathlib.Path) -> Compiled:
         if number.isdigit() and beside:
             texts = bundles.read_text(), pathlib.Path(beside[0]).read_text()
             dumps[name.partition('-')[2]] = texts
-    if not dumps:
+    if not dumps and not bare:
         raise CompileError(
             'the compiler wrote no bundles: its dump flags have changed '
             f'(written for libtpu {LIBTPU})'
@@ -141,14 +150,25 @@ def _read(folder: pathlib.Path) -> Compiled:
     )  # fmt: skip
 
 
-def _run(request: dict[str, Any], folder: pathlib.Path) -> None:
-    """Compiles in a child, which reads its environment at its start, into `folder`."""
-    environment = {**os.environ, **_ENVIRONMENT, 'LIBTPU_INIT_ARGS': _FLAGS.format(folder=folder)}
+def run(command: list[str], folder: pathlib.Path, only: str = '') -> None:
+    """Runs a command that compiles, as a child that reads its environment at its start.
+
+    Args:
+      command: ends with `into`.
+      folder: where the compiler's dumps go; if the child fails, facts.json says why.
+      only: a regular expression of the instructions that are dumped; '' is all.
+
+    Raises:
+      CompileError: if the child did not end by itself.
+    """
+    flags = _FLAGS.format(folder=folder) + (
+        f' --xla_jf_dump_only_matching_hlo={only}' if only else ''
+    )
+    environment = {**os.environ, **_ENVIRONMENT, 'LIBTPU_INIT_ARGS': flags}
     root = str(pathlib.Path(__file__).resolve().parents[1])
     environment['PYTHONPATH'] = os.pathsep.join(
         [root, *filter(None, [environment.get('PYTHONPATH')])]
     )
-    command = [sys.executable, '-m', 'pallas_kernels.schedule_compile', json.dumps(request)]
     try:
         child = subprocess.run(
             [*command, str(folder)], env=environment, capture_output=True, text=True,
@@ -178,11 +198,9 @@ def _key(request: dict[str, Any]) -> str:
     """Names what the dumps of a request depend on: versions, and our sources if they are ours."""
     versions = [importlib.metadata.version(name) for name in ('jax', 'jaxlib', 'libtpu')]
     digest = hashlib.sha256(json.dumps([request, versions], sort_keys=True).encode())
-    if request['side'] == 'pallas_kernels':
-        root = pathlib.Path(__file__).parent
-        for path in sorted([*root.glob('attention/*.py'), *root.glob('attention/tpu/*.py')]):
-            if not path.name.startswith(_ELSEWHERE):
-                digest.update(path.read_bytes())
+    if request['side'] == OURS:
+        for path in schedule_sources.of(request['op'], request['case']):
+            digest.update(path.read_bytes())
     return digest.hexdigest()[:24]
 
 
@@ -195,35 +213,53 @@ def _reason(stderr: str) -> str:
     return lines[-1].strip()[:600] if lines else 'the compiler stopped without a word'
 
 
-def _child(request: dict[str, Any], folder: str) -> None:
+def into(
+    folder: pathlib.Path,
+    built: Callable[[], tuple[Callable[..., Any], Any, dict[str, Any]]],
+    chip: Chip,
+    *,
+    free: bool = False,
+    **options: Any,
+) -> None:
+    """Compiles, in a child of `run`, and writes the module and facts.json.
+
+    Args:
+      folder: where to.
+      built: returns the function, its arguments' shapes (a tuple) and notes; it is called where
+        `current_chip` is `chip`.
+      chip: what is compiled for.
+      free: whether the compiler chooses the layouts of arguments and results.
+      options: of `jax.jit`.
+    """
     import time
 
     import jax
     from jax.experimental import topologies
+    from jax.experimental.layout import Format, Layout
     from jax.sharding import AbstractDevice, AbstractMesh, SingleDeviceSharding
 
-    from pallas_kernels import schedule_ops
-    from pallas_kernels.chip import named
-
-    chip = named(request['chip'])
     device = topologies.get_topology_desc(platform='tpu', topology_name=chip.topology).devices[0]
+    sharding = SingleDeviceSharding(device)
     abstract = AbstractDevice(device.device_kind, device.num_cores, 'tpu')
+    if free:
+        layouts = Format(Layout.AUTO, sharding)
+        options |= {'in_shardings': layouts, 'out_shardings': layouts}
     with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=abstract)):
-        function, arguments, notes = schedule_ops.build(request)
-        sharding = SingleDeviceSharding(device)
-        arguments = [jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding) for a in arguments]
-        lowered = jax.jit(function).trace(*arguments).lower(lowering_platforms=('tpu',))
+        function, arguments, notes = built()
+        arguments = jax.tree.map(
+            lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), arguments
+        )
+        traced = jax.jit(function, **options).trace(*arguments)
+        lowered = traced.lower(lowering_platforms=('tpu',))
     start = time.monotonic()
     executable = lowered.compile()
     facts = {
         'seconds': time.monotonic() - start,
         'temp_bytes': executable.memory_analysis().temp_size_in_bytes,
         'notes': notes,
-        'request': request,
     }
-    path = pathlib.Path(folder)
-    (path / 'module.txt').write_text(_module(executable))
-    (path / 'facts.json').write_text(json.dumps(facts))
+    (folder / 'module.txt').write_text(_module(executable))
+    (folder / 'facts.json').write_text(json.dumps(facts))
 
 
 def _module(executable) -> str:
@@ -238,5 +274,13 @@ def _module(executable) -> str:
         return executable.as_text()
 
 
+def _child(request: dict[str, Any], folder: pathlib.Path) -> None:
+    from pallas_kernels import schedule_ops
+
+    build = schedule_ops.module(request['op']).build
+    free = request['case'].get('layouts') == 'free'
+    into(folder, lambda: build(request), named(request['chip']), free=free)
+
+
 if __name__ == '__main__':
-    _child(json.loads(sys.argv[1]), sys.argv[2])
+    _child(json.loads(sys.argv[1]), pathlib.Path(sys.argv[2]))

@@ -10,6 +10,9 @@ _NAME = re.compile(r'%([\w.\-]+)')
 _VMEM = re.compile(
     r'"used_scoped_memory_configs":\[\{"memory_space":"1","offset":"\d+","size":"(\d+)"'
 )
+_CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
+_BODY = re.compile(r'\bbody=%([\w.\-]+)')
+_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _BITS = re.compile(r'(\d+)')
 # Instructions that name values, or only wait.
 FREE = frozenset(
@@ -19,7 +22,7 @@ FREE = frozenset(
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """One instruction of the entry computation.
+    """One instruction.
 
     Attributes:
       name: its name, which names its dumps, too.
@@ -30,6 +33,9 @@ class Instruction:
       hbm_bytes: bytes of its operands and results that lie in HBM.
       constant: a constant's values (integers only), or None.
       size: elements of the (first) result.
+      cycles: what the compiler estimates that it takes, None where it says nothing.
+      body: of a loop, the computation that is repeated.
+      trips: how often, 1 where the module does not say.
     """
 
     name: str
@@ -40,17 +46,20 @@ class Instruction:
     hbm_bytes: int
     constant: tuple[int, ...] | None
     size: int
+    cycles: int | None = None
+    body: str = ''
+    trips: int = 1
 
 
-def instructions(text: str) -> dict[str, Instruction]:
-    """The entry computation's instructions by name, in order.
+def instructions(text: str, computation: str = '') -> dict[str, Instruction]:
+    """A computation's instructions by name, in order; '' is the entry.
 
     Raises:
-      ValueError: if the text has no entry computation.
+      ValueError: if the text has no such computation.
     """
-    start = text.find('\nENTRY ')
+    start = text.find(f'\n%{computation} (' if computation else '\nENTRY ')
     if start < 0:
-        raise ValueError('the compiled module has no ENTRY computation')
+        raise ValueError(f'the compiled module has no {computation or "ENTRY"} computation')
     # An instruction may go on over several lines (the metadata of a kernel does).
     entry: list[str] = []
     for line in text[start:].splitlines()[2:]:
@@ -85,9 +94,12 @@ def _instruction(match: re.Match, bytes_of: dict[str, int]) -> Instruction:
     constant = _words(result, arguments) if opcode == 'constant' else None
     dims = _ARRAY.search(result)
     size = math.prod(int(d) for d in dims[2].split(',') if d) if dims else 0
+    cycles, body, trips = (pattern.search(attributes) for pattern in (_CYCLES, _BODY, _TRIPS))
     return Instruction(
-        name, opcode, operands, kernel, int(vmem[1]) if vmem else 0, moved, constant, size
-    )
+        name, opcode, operands, kernel, int(vmem[1]) if vmem else 0, moved, constant, size,
+        int(cycles[1]) if cycles else None, body[1] if body and opcode == 'while' else '',
+        int(trips[1]) if trips else 1,
+    )  # fmt: skip
 
 
 def values(found: dict[str, Instruction], kernel: Instruction) -> dict[int, tuple[int, ...]]:

@@ -9,8 +9,8 @@ import statistics
 from collections.abc import Iterator
 from typing import Any
 
+from pallas_kernels.schedule_attention import Case
 from pallas_kernels.schedule_compile import CompileError
-from pallas_kernels.schedule_ops import Case
 
 # Where tokamax keeps its tuned sizes for a chip. It has none for v5e, whose unit is v5p's, and
 # backward ones for v7x only.
@@ -19,12 +19,14 @@ _FORWARD = 'pallas_mosaic_tpu_flash_attention.json'
 _BACKWARD = 'pallas_mosaic_tpu_flash_attention_vjp.json'
 
 
-def configs(rival: str, case: Case, chip: str) -> list[dict[str, Any]]:
+def configs(rival: str, case: Case, chip: str) -> list[dict[str, Any] | None]:
     """The block sizes to try for `rival`, most promising first.
 
     Raises:
       CompileError: if the rival is not installed; the message says what to install.
     """
+    if rival == 'xla':
+        return [None]  # it chooses for itself
     if rival == 'splash':
         return list(_splash(case))
     if case.window is not None:

@@ -15,8 +15,9 @@ from typing import Any
 from pallas_kernels import block_sizes, schedule_compile, schedule_model
 from pallas_kernels.block_sizes import AttentionShape, BlockSizes
 from pallas_kernels.chip import TPUS, named
+from pallas_kernels.schedule_attention import Case
 from pallas_kernels.schedule_compile import CompileError
-from pallas_kernels.schedule_ops import OURS, Case
+from pallas_kernels.schedule_work import OURS
 
 DIMS = (64, 128, 256)
 LENGTHS = (512, 2048, 4096)

@@ -1,24 +1,31 @@
 """Writes the README's table: predicted times here and of published kernels, on every chip.
 
-  python -m pallas_kernels.schedule_table [--chip=v6e] [--rows=causal] [--cached] [--write]
+  python -m pallas_kernels.schedule_table [--op=conv] [--chip=v6e] [--rows=causal] [--cached]
+      [--write]
 
-It compiles some 450 kernels, which takes hours, but keeps what the compiler wrote, so that it can
-be stopped and goes on where it was; --cached leaves out what is not there yet. --write replaces the
-table between the marks in README.md; without it, the table is printed.
+It compiles hundreds of kernels, which takes hours, but keeps what the compiler wrote, so that it
+can be stopped and goes on where it was; --cached leaves out what is not there yet. --write replaces
+the op's table between its marks in README.md; without it, the table is printed.
 """
 
 import argparse
 import pathlib
 import sys
+from collections.abc import Iterator
 from typing import Any
 
-from pallas_kernels import schedule, schedule_calibration, schedule_compile
+from pallas_kernels import schedule, schedule_calibration, schedule_compile, schedule_table_conv
 from pallas_kernels.chip import TPUS
+from pallas_kernels.schedule_attention import RIVALS, Case
 from pallas_kernels.schedule_compile import CompileError
-from pallas_kernels.schedule_ops import RIVALS, Case
+from pallas_kernels.schedule_conv import LAYOUTS
+from pallas_kernels.schedule_work import OURS
 
 README = pathlib.Path(__file__).with_name('README.md')
-MARKS = ('<!-- schedule table: begin -->', '<!-- schedule table: end -->')
+MARKS = {
+    'attention': ('<!-- schedule table: begin -->', '<!-- schedule table: end -->'),
+    'conv': ('<!-- convolution table: begin -->', '<!-- convolution table: end -->'),
+}
 
 # (length, heads, head_dim, causal), with 16384 tokens and 2048 features.
 _SHAPES = (
@@ -107,47 +114,84 @@ come and go as the projections' [B, T, H·D], to rivals as [B, T, H, D], which c
 |---|---|---|---|---|---|---|---|---|---|"""
 
 
-def write(table: str) -> None:
-    """Puts the table between the marks of README.md.
+def write(table: str, op: str) -> None:
+    """Puts the table of an op between its marks of README.md.
 
     Raises:
       SystemExit: if the marks are not there.
     """
     text = README.read_text() if README.exists() else ''
-    begin, end = (text.find(mark) for mark in MARKS)
+    begin, end = (text.find(mark) for mark in MARKS[op])
     if begin < 0 or end < begin:
-        raise SystemExit(f'{README.name} needs the lines {MARKS[0]} and {MARKS[1]}')
-    README.write_text(text[: begin + len(MARKS[0])] + '\n' + table + '\n' + text[end:])
+        raise SystemExit(f'{README.name} needs the lines {MARKS[op][0]} and {MARKS[op][1]}')
+    README.write_text(text[: begin + len(MARKS[op][0])] + '\n' + table + '\n' + text[end:])
+
+
+def _attention(chip: str, wanted: list[str], against: list[str], cached: bool) -> Iterator[str]:
+    cache = schedule_compile.default_cache()
+    for case in cases():
+        if not all(word in str(case).split() for word in wanted):
+            continue
+        try:
+            result = schedule.compare(case, chip, against, cache, cached=cached)
+        except CompileError as error:
+            if not cached:
+                print(f'{chip} {case}: {error}', file=sys.stderr)
+            continue
+        yield row(case, chip, result)
+
+
+def _conv(chip: str, wanted: list[str], layouts: list[str], cached: bool) -> Iterator[str]:
+    for title, goal, case in schedule_table_conv.rows():
+        if not all(word in f'{title} {case}'.replace(',', ' ').split() for word in wanted):
+            continue
+        found = {
+            name: _sides(variant, chip, cached) if name in layouts else {}
+            for name, variant in schedule_table_conv.variants(case).items()
+        }
+        if any(found.values()):
+            yield schedule_table_conv.row(title, goal, case, chip, found)
+
+
+def _sides(case: Any, chip: str, cached: bool) -> dict[str, dict[str, Any]]:
+    """The predictions here and of XLA; what does not compile is absent."""
+    found = {}
+    for name, side in (('here', OURS), ('xla', 'xla')):
+        try:
+            found[name] = schedule.predicted(
+                case, chip, side, None, schedule_compile.default_cache(), cached
+            )
+        except CompileError as error:
+            if not cached:
+                print(f'{chip} {side} {case}: {error}', file=sys.stderr)
+    return found
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog='pallas_kernels.schedule_table', description=__doc__)
+    parser.add_argument('--op', default='attention', choices=MARKS)
     parser.add_argument('--chip', default=','.join(TPUS))
     parser.add_argument('--rows', default='', help='only rows whose description has these words')
-    parser.add_argument('--against', default=','.join(RIVALS))
+    parser.add_argument('--against', default=','.join(RIVALS), help='rivals of attention')
+    parser.add_argument('--layouts', default=','.join(LAYOUTS), help='of convolutions')
     parser.add_argument('--cached', action='store_true', help='compile nothing')
     parser.add_argument('--write', action='store_true', help='into README.md')
     args = parser.parse_args(argv)
     print(schedule_compile.version_warning() or '', file=sys.stderr)
-    cache = schedule_compile.default_cache()
-    lines = [HEAD]
+    conv = args.op == 'conv'
+    lines = [schedule_table_conv.HEAD if conv else HEAD]
+    wanted = args.rows.split()
     for chip in args.chip.split(','):
-        for case in cases():
-            if not all(word in str(case).split() for word in args.rows.split()):
-                continue
-            try:
-                result = schedule.compare(
-                    case, chip, args.against.split(','), cache, cached=args.cached
-                )
-            except CompileError as error:
-                if not args.cached:
-                    print(f'{chip} {case}: {error}', file=sys.stderr)
-                continue
-            lines.append(row(case, chip, result))
-            print(lines[-1], file=sys.stderr, flush=True)
-    table = '\n'.join([*lines, '', schedule_calibration.summary()])
+        if conv:
+            made = _conv(chip, wanted, args.layouts.split(','), args.cached)
+        else:
+            made = _attention(chip, wanted, args.against.split(','), args.cached)
+        for line in made:
+            lines.append(line)
+            print(line, file=sys.stderr, flush=True)
+    table = '\n'.join(lines if conv else [*lines, '', schedule_calibration.summary()])
     if args.write:
-        write(table)
+        write(table, args.op)
     else:
         print(table)
 

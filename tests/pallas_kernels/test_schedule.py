@@ -8,18 +8,18 @@ import pytest
 
 from pallas_kernels import (
     schedule,
+    schedule_attention,
     schedule_calibration,
     schedule_compile,
     schedule_hlo,
     schedule_model,
-    schedule_ops,
     schedule_program,
     schedule_rivals,
     schedule_run,
     schedule_table,
 )
 from pallas_kernels.chip import TPUS, named
-from pallas_kernels.schedule_ops import Case
+from pallas_kernels.schedule_attention import Case
 
 V6E = named('v6e')
 DATA = pathlib.Path(__file__).parents[1] / 'data'
@@ -140,13 +140,13 @@ def test_a_module_s_kernels_bytes_and_constants():
 def test_the_floor_is_the_arithmetic_with_padded_contractions(chip, causal, dim):
     chip = named(chip)
     case = Case(2, 512, 4, 4, dim, causal)
-    least = schedule_ops.work(case, chip)
+    least = schedule_attention.work(case, chip)
     pairs = sum(t + 1 if causal else 512 for t in range(512)) * 8
     assert least.flops == 4 * pairs * dim
     assert least.mxu_flops >= least.flops
     # A head as wide as the unit wastes nothing.
     assert (least.mxu_flops == least.flops) == (dim % chip.mxu == 0)
-    backward = schedule_ops.work(dataclasses.replace(case, backward=True), chip)
+    backward = schedule_attention.work(dataclasses.replace(case, backward=True), chip)
     assert backward.flops == 3.5 * least.flops
 
 
@@ -168,7 +168,7 @@ def _prediction(kernel_seconds: float) -> schedule_model.Prediction:
         schedule_model.Part('kernel', True, kernel_seconds, 0, 0, None, {}, 0),
         schedule_model.Part('copy', False, 1e-6, 0, 0, None, {}, 0),
     ]
-    least = schedule_ops.work(case, V6E)
+    least = schedule_attention.work(case, V6E)
     return schedule_model.Prediction(case, V6E, least, tuple(parts), 0, 0.0, {})
 
 
@@ -200,15 +200,15 @@ def test_missing_dumps_and_refusals_of_the_compiler_are_said(tmp_path):
     (tmp_path / 'facts.json').write_text(json.dumps(facts))
     (tmp_path / 'module.txt').write_text(MODULE)
     with pytest.raises(schedule_compile.CompileError, match=r'no bundles.*flags have changed'):
-        schedule_compile._read(tmp_path)
+        schedule_compile.read(tmp_path)
     (tmp_path / '1-kernel.1-7-final_bundles.txt').write_text(BUNDLES)
     (tmp_path / '1-kernel.1-7-schedule-analysis_final_bundles.txt').write_text('')
     (tmp_path / f'1-kernel.1-6-{schedule_compile._SLOTS}').write_text(_utilization())
-    assert set(schedule_compile._read(tmp_path).dumps) == {'kernel.1'}
+    assert set(schedule_compile.read(tmp_path).dumps) == {'kernel.1'}
     reason = schedule_compile._reason('Traceback\nValueError: block_sizes.q is odd\n----\n')
     (tmp_path / 'facts.json').write_text(json.dumps({'error': reason}))
     with pytest.raises(schedule_compile.CompileError, match=r'^ValueError: block_sizes\.q is odd$'):
-        schedule_compile._read(tmp_path)
+        schedule_compile.read(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -260,7 +260,7 @@ def test_a_kernel_is_compiled_and_followed(tmp_path, capsys, monkeypatch):
     assert result['times_roofline'] > 1
     assert result['vmem_bytes'] < named('v5e').vmem_limit
     assert not [note for note in result['notes'] if 'zeros' in note]
-    monkeypatch.setattr(schedule_compile, '_run', None)  # what was compiled is kept
+    monkeypatch.setattr(schedule_compile, 'run', None)  # what was compiled is kept
     assert len(list(tmp_path.rglob('*.zip'))) == 1
     schedule.main(flags)
     assert json.loads(capsys.readouterr().out)['steps'] == result['steps']

@@ -4,22 +4,19 @@ Legend: B batch, T queries, S keys and values, H query heads, K key-value heads 
 D size of a head, F = K D features of all key-value heads, L layers, N arrays.
 """
 
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from bigjax.experiment import UsageError
+from bigjax.nn.implementation import Implementation, named, plain
 from bigjax.sharding import BATCH_AXES, LOGICAL_TO_MESH
 from pallas_kernels import attention as kernels
-from pallas_kernels.chip import current_chip
 
-Implementation = Literal['auto', 'reference', 'xla', 'tpu', 'gpu']
 KeyValue = tuple[jax.Array, jax.Array]
 
 _on_the_mesh = kernels.shard(batch=BATCH_AXES, heads=LOGICAL_TO_MESH['heads'])
-# Plain array code is partitioned by the compiler, whatever divides what; a kernel is not.
-_PLAIN = ('reference', 'xla')
 
 
 def attention(
@@ -47,8 +44,8 @@ def attention(
       UsageError: the implementation named cannot run these arguments.
       ValueError: arguments do not fit.
     """
-    call = kernels.attention if _plain(impl) else _on_the_mesh
-    return _named(call, impl)(q_BTHD, k_BSKD, v_BSKD, **features)
+    call = kernels.attention if plain(impl) else _on_the_mesh
+    return named(call, impl, 'attention')(q_BTHD, k_BSKD, v_BSKD, **features)
 
 
 def cached_attention(
@@ -79,7 +76,7 @@ def cached_attention(
     """
     if impl == 'auto' and jax.sharding.get_abstract_mesh().size > 1:
         impl = 'xla'
-    call = _named(kernels.decode_attention, impl)
+    call = named(kernels.decode_attention, impl, 'attention')
     lengths_B = start_B.astype(jnp.int32) + q_BTHD.shape[1]
     B, S, D = *k_BSF.shape[:2], q_BTHD.shape[3]
     k_BSKD, v_BSKD = k_BSF.reshape(B, S, -1, D), v_BSF.reshape(B, S, -1, D)
@@ -114,23 +111,3 @@ def split_projections(x_BTHND: jax.Array) -> tuple[jax.Array, ...]:
     """Returns the N parts [B, T, H, D] of queries, keys and values that one product made."""
     # Not x[:, :, :, i], whose gradient is a sum of zero-padded arrays; this one's is a join.
     return tuple(x.squeeze(3) for x in jnp.split(x_BTHND, x_BTHND.shape[3], axis=3))
-
-
-def _plain(impl: Implementation) -> bool:
-    return impl in _PLAIN or (impl == 'auto' and current_chip() is None)
-
-
-def _named(call: Any, impl: Implementation) -> Any:
-    """Returns `call` with `impl`, whose refusal is told in terms of the flag that named it."""
-
-    def run(*arrays: jax.Array, **features: Any) -> jax.Array:
-        try:
-            return call(*arrays, impl=None if impl == 'auto' else impl, **features)
-        except ValueError as error:
-            start = f"impl='{impl}': "
-            if not str(error).startswith(start):
-                raise
-            reason = str(error).removeprefix(start).replace("impl='xla'", '--attention=xla')
-            raise UsageError(f'--attention={impl}: {reason}') from None
-
-    return run

@@ -18,6 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from pallas_kernels.conv.arguments import Spec
+
 TILE = 2  # output pixels per side
 _READ = TILE + 2  # input pixels per side
 # The paper's Bᵀ (pixels to products), G (kernel to products) and Aᵀ (products to pixels).
@@ -28,16 +30,17 @@ _OUTPUT = np.array([[1, 1, 1, 0], [0, 1, -1, -1]])
 Grid = list[list[jax.Array]]
 
 
-@jax.custom_vjp
-def conv_winograd(x_BHWC: jax.Array, w_IJCO: jax.Array) -> jax.Array:
-    """3×3 cross-correlation, stride 1, one pixel of zeros around: [B, H, W, C] to [B, H, W, O].
-
-    Takes a kernel [3, 3, C, O] and any H and W; the dtype is that of the inputs.
-    """
-    return _forward(x_BHWC, w_IJCO)[0]
+def fits(w_KLCO: jax.Array, spec: Spec) -> bool:
+    """Whether a convolution is of the kind that this computes."""
+    same = Spec(padding=((1, 1), (1, 1)), activation=spec.activation)
+    return w_KLCO.shape[:2] == (3, 3) and spec == same
 
 
-def _forward(x_BHWC, w_IJCO):
+def forward(
+    x_BHWC: jax.Array, w_KLCO: jax.Array, spec: Spec
+) -> tuple[jax.Array, tuple[Grid, Grid]]:
+    """Returns u_BHWO in x's type, and the products' factors, which `gradients` takes."""
+    assert fits(w_KLCO, spec)
     b, h, w, c = x_BHWC.shape
     # One pixel before; after, one and whatever fills the last tile.
     pads = [(1, -size % TILE + 1) for size in (h, w)]
@@ -48,17 +51,25 @@ def _forward(x_BHWC, w_IJCO):
         for i in range(_READ)
     ]
     v_NC = _transform(_PIXELS, pixels)
-    u_CO = _transform(_KERNEL, [[w_IJCO[i, j] for j in range(3)] for i in range(3)], store=False)
+    u_CO = _transform(_KERNEL, [[w_KLCO[i, j] for j in range(3)] for i in range(3)], store=False)
     y_NO = _transform(_OUTPUT, _each(jnp.matmul, v_NC, u_CO))
-    return _join(y_NO, (b, h, w, w_IJCO.shape[3])), (v_NC, u_CO)
+    return _join(y_NO, (b, h, w, w_KLCO.shape[3])), (v_NC, u_CO)
 
 
-def _backward(saved, g_BHWO):
-    v_NC, u_CO = saved
-    b, h, w, o = g_BHWO.shape
-    g_BHWO = jnp.pad(g_BHWO, ((0, 0), (0, -h % TILE), (0, -w % TILE), (0, 0)))
+def gradients(
+    du_BHWO: jax.Array,
+    x_BHWC: jax.Array,
+    w_KLCO: jax.Array,
+    spec: Spec,
+    kept: tuple[Grid, Grid],
+) -> tuple[jax.Array, jax.Array]:
+    """Returns the gradients of x and w; they come of `kept` alone."""
+    del x_BHWC, w_KLCO, spec
+    v_NC, u_CO = kept
+    b, h, w, o = du_BHWO.shape
+    du_BHWO = jnp.pad(du_BHWO, ((0, 0), (0, -h % TILE), (0, -w % TILE), (0, 0)))
     pixels = [
-        [g_BHWO[:, i::TILE, j::TILE].reshape(-1, o) for j in range(TILE)] for i in range(TILE)
+        [du_BHWO[:, i::TILE, j::TILE].reshape(-1, o) for j in range(TILE)] for i in range(TILE)
     ]
     gm_NO = _transform(_OUTPUT.T, pixels)
     du_CO = _each(lambda v, g: v.T @ g, v_NC, gm_NO)
@@ -72,9 +83,6 @@ def _backward(saved, g_BHWO):
     by_row = [_overlap([col[i] for col in by_column], 2) for i in range(TILE)]
     dx_BHWC = _join(by_row, (b, h, w, c))
     return dx_BHWC, jnp.stack([jnp.stack(row) for row in dw_CO])
-
-
-conv_winograd.defvjp(_forward, _backward)
 
 
 def _each(f, left: Grid, right: Grid) -> Grid:

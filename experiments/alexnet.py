@@ -27,6 +27,7 @@ import jax.numpy as jnp
 
 from bigjax.experiment import Experiment, Run
 from bigjax.models import alexnet
+from bigjax.nn.implementation import Implementation
 from bigjax.optimizers import Optim
 from bigjax.pretrained import alexnet as kept
 from bigjax.recipes.vision import Images, image_classification
@@ -37,6 +38,7 @@ def experiment(
     width: int = 16,
     hidden: int = 128,
     dropout: float = 0.5,
+    conv: Implementation = 'auto',
     pretrained: str = '',
     images: Images = Images(label_smoothing=0.05, shift=1),
     run: Run = Run(steps=1000, batch=64, eval_every=500, monitor='test/accuracy'),
@@ -48,13 +50,18 @@ def experiment(
       width: channels of the first convolution, with which the others scale; 0 is 64, as published
       hidden: units of both hidden dense layers; 0 is 4096, as published
       dropout: share of what the hidden dense layers read that is zeroed in training
+      conv: implementation of convolutions; auto takes the kernel of the chip where it is faster
       pretrained: folder or .safetensors file to start from; empty starts at random
     """
     data = images.open(run.data_dir)
     size, channels = data.image_shape[:2], data.image_shape[2]
     shape: dict[str, Any] = {'width': width, 'hidden': hidden, 'small_stem': max(size) <= 64}
     model = alexnet.AlexNet(
-        classes=data.num_classes, dropout=dropout, dtype=jnp.dtype(images.dtype), **shape
+        classes=data.num_classes,
+        dropout=dropout,
+        conv_impl=conv,
+        dtype=jnp.dtype(images.dtype),
+        **shape,
     )
     flops = alexnet.forward_flops(size, channels, data.num_classes, **shape)
     return image_classification(

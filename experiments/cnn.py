@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from bigjax.experiment import Experiment, Run
 from bigjax.models import cnn
+from bigjax.nn.implementation import Implementation
 from bigjax.optimizers import Optim
 from bigjax.recipes.vision import Images, image_classification
 
@@ -24,6 +25,7 @@ def experiment(
     hidden: int = 128,
     dropout: float = 0.3,
     conv_dropout: float = 0.0,
+    conv: Implementation = 'auto',
     images: Images = Images(label_smoothing=0.05, shift=1),
     run: Run = Run(steps=1500, batch=64, eval_every=500, monitor='test/accuracy'),
     optim: Optim = Optim(peak_lr=2e-3, warmup=50, end_lr=0.0, weight_decay=0.05, ema=0.99),
@@ -34,6 +36,7 @@ def experiment(
       hidden: units of the dense layer
       dropout: share of the dense layer's units zeroed in training
       conv_dropout: share of feature maps zeroed in training
+      conv: implementation of convolutions; auto takes the kernel of the chip where it is faster
     """
     data = images.open(run.data_dir)
     model = cnn.CNN(
@@ -41,6 +44,7 @@ def experiment(
         hidden=hidden,
         dropout=dropout,
         conv_dropout=conv_dropout,
+        conv_impl=conv,
         dtype=jnp.dtype(images.dtype),
     )
     size, channels = data.image_shape[:2], data.image_shape[2]

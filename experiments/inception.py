@@ -31,6 +31,7 @@ import jax.numpy as jnp
 
 from bigjax.experiment import Experiment, Run
 from bigjax.models import inception
+from bigjax.nn.implementation import Implementation
 from bigjax.optimizers import Optim
 from bigjax.pretrained import inception as kept
 from bigjax.recipes.vision import Images, image_classification
@@ -42,6 +43,7 @@ def experiment(
     width: int = 16,
     auxiliary: float = 0.3,
     dropout: float = -1.0,
+    conv: Implementation = 'auto',
     pretrained: str = '',
     images: Images = Images(shift=1),
     run: Run = Run(steps=400, batch=64, eval_every=200, monitor='test/accuracy'),
@@ -54,6 +56,7 @@ def experiment(
       width: channels of the first convolution, with which all others scale; 0 is as published
       auxiliary: by what the losses of the auxiliary heads are multiplied; 0 is without such heads
       dropout: share of the last features zeroed in training; below 0 it is as published
+      conv: implementation of convolutions; auto takes the kernel of the chip where it is faster
       pretrained: folder or .safetensors file to start from; empty starts at random
     """
     data = images.open(run.data_dir)
@@ -65,7 +68,11 @@ def experiment(
         'auxiliary': auxiliary > 0,
     }
     model = inception.Inception(
-        classes=data.num_classes, dropout=dropout, dtype=jnp.dtype(images.dtype), **shape
+        classes=data.num_classes,
+        dropout=dropout,
+        conv_impl=conv,
+        dtype=jnp.dtype(images.dtype),
+        **shape,
     )
     heads = len(inception.size(version).auxiliary) if auxiliary > 0 else 0
     return image_classification(

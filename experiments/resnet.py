@@ -27,6 +27,7 @@ import jax.numpy as jnp
 
 from bigjax.experiment import Experiment, Run
 from bigjax.models import resnet
+from bigjax.nn.implementation import Implementation
 from bigjax.optimizers import Optim
 from bigjax.pretrained import resnet as kept
 from bigjax.recipes.vision import Images, image_classification
@@ -36,6 +37,7 @@ def experiment(
     *,
     depth: int = 20,
     width: int = 0,
+    conv: Implementation = 'auto',
     pretrained: str = '',
     images: Images = Images(shift=1),
     run: Run = Run(steps=600, batch=64, eval_every=200, monitor='test/accuracy'),
@@ -48,12 +50,15 @@ def experiment(
     Args:
       depth: layers: 18, 34, 50, 101 or 152; or 20, 32, 44, 56 or 110 for small images
       width: channels of the first stage; 0 is the published width
+      conv: implementation of convolutions; auto takes the kernel of the chip where it is faster
       pretrained: folder or .safetensors file to start from; empty starts at random
     """
     data = images.open(run.data_dir)
     size, channels = data.image_shape[:2], data.image_shape[2]
     shape: dict[str, Any] = {'depth': depth, 'width': width, 'small_stem': max(size) <= 64}
-    model = resnet.ResNet(classes=data.num_classes, dtype=jnp.dtype(images.dtype), **shape)
+    model = resnet.ResNet(
+        classes=data.num_classes, conv_impl=conv, dtype=jnp.dtype(images.dtype), **shape
+    )
     flops = resnet.forward_flops(size, channels, data.num_classes, **shape)
     return image_classification(
         model,

@@ -30,6 +30,7 @@ import jax.numpy as jnp
 
 from bigjax.experiment import Experiment, Run
 from bigjax.models import vgg
+from bigjax.nn.implementation import Implementation
 from bigjax.optimizers import Optim
 from bigjax.pretrained import vgg as kept
 from bigjax.recipes.vision import Images, image_classification
@@ -42,6 +43,7 @@ def experiment(
     width: int = 16,
     hidden: int = 128,
     dropout: float = 0.3,
+    conv: Implementation = 'auto',
     pretrained: str = '',
     images: Images = Images(shift=1),
     run: Run = Run(steps=1000, batch=64, eval_every=500, monitor='test/accuracy'),
@@ -55,6 +57,7 @@ def experiment(
       width: channels of the first stage, with which the others scale; 0 is 64, as published
       hidden: units of both hidden dense layers; 0 is 4096, as published
       dropout: share of the hidden dense layers' units zeroed in training
+      conv: implementation of convolutions; auto takes the kernel of the chip where it is faster
       pretrained: folder or .safetensors file to start from; empty starts at random
     """
     data = images.open(run.data_dir)
@@ -69,6 +72,7 @@ def experiment(
         classes=data.num_classes,
         batch_norm=batch_norm,
         dropout=dropout,
+        conv_impl=conv,
         dtype=jnp.dtype(images.dtype),
         **shape,
     )

@@ -83,6 +83,7 @@ ROWS = (
     Row('lstm_classifier', 'LSTM, GRU or Elman', '63 languages', races='lstm_classifier'),
     Row('rnn_lm', 'LSTM, GRU or Elman', 'standard library, bytes', metric='bits_per_byte',
         races='rnn_lm'),
+    Row('wavenet', 'WaveNet', 'standard library, bytes', metric='bits_per_byte'),
     Row('rnn_translation', 'GRUs, additive attention', PAIRS, seeds=3, metric='bleu',
         races='rnn_translation'),
     Row('rnn_translation', 'GRUs, without attention', PAIRS, 1, seeds=3, metric='bleu'),

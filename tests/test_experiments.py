@@ -23,6 +23,7 @@ SMALLEST = {
 }
 # One experiment of each model that has attention with an implementation to choose.
 TRANSFORMERS = ['bert', 'gpt_stdlib', 'llama', 'transformer_translation', 'vit']
+CNNS = ['alexnet', 'cnn', 'inception', 'resnet', 'vgg']
 # At the size of ImageNet, the numbers of parameters that are published.
 IMAGENET = {'image_size': 224, 'channels': 3, 'num_classes': 1000, 'normalize': 'half'}
 PUBLISHED = [
@@ -126,21 +127,12 @@ def test_two_steps_of_a_small_one(name, data_dir, words, tmp_path, monkeypatch):
     assert {r['set'] for r in records if 'set' in r} == set(experiment.data.evals)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize('name', TRANSFORMERS)
-def test_every_implementation_of_attention_trains_to_the_same_losses(name, data_dir, words):
-    losses = {}
-    for impl in ('reference', 'xla', 'tpu'):  # interpreted, where there is no TPU
-        small = {
-            **SMALL,
-            'steps': 6,
-            'peak_lr': 0.05,
-            'batch': 8,
-            'warmup': 0,
-            'attention': impl,
-            'dropout': 0.0,
-        }
-        experiment, _ = load(name, data_dir, words, **small)
+def losses_of(name, impls, data_dir, words, **knobs):
+    """Returns the losses of a few steps at full rate by each implementation of one knob."""
+    (knob, names), losses = impls, {}
+    for impl in names:
+        small = {**SMALL, **SMALLEST.get(name, {}), 'steps': 6, 'batch': 8, 'warmup': 0, **knobs}
+        experiment, _ = load(name, data_dir, words, **small, **{knob: impl})
         plan = setup(experiment)
         batches = pipeline.train_batches(
             experiment.data.train, batch=8, seed=0, augment=experiment.augment
@@ -152,5 +144,27 @@ def test_every_implementation_of_attention_trains_to_the_same_losses(name, data_
                 batch = {key: value[None] for key, value in batches[n].items()}
                 state, metrics = step(state, batch)
                 losses[impl].append(float(metrics['loss'][0]))
+    return losses
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', TRANSFORMERS)
+def test_every_implementation_of_attention_trains_to_the_same_losses(name, data_dir, words):
+    # Kernels are interpreted, where there is no TPU.
+    impls = 'attention', ('reference', 'xla', 'tpu')
+    losses = losses_of(name, impls, data_dir, words, peak_lr=0.05, dropout=0.0)
     np.testing.assert_allclose(losses['xla'], losses['reference'], rtol=1e-5)
     np.testing.assert_allclose(losses['tpu'], losses['reference'], rtol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', CNNS)
+def test_every_implementation_of_convolution_trains_to_the_same_losses(
+    name, data_dir, words, monkeypatch
+):
+    cut(name, monkeypatch)
+    # To interpret the kernels of a deep model takes minutes.
+    names = ('reference', 'xla', 'tpu') if name == 'cnn' else ('reference', 'xla')
+    losses = losses_of(name, ('conv', names), data_dir, words, peak_lr=0.01, dropout=0.0)
+    for impl in names[1:]:
+        np.testing.assert_allclose(losses[impl], losses['reference'], rtol=1e-4)

@@ -46,6 +46,9 @@ def test_the_tree_names_every_file():
         'pallas_kernels/attention',
         'pallas_kernels/attention/gpu',
         'pallas_kernels/attention/tpu',
+        'pallas_kernels/conv',
+        'pallas_kernels/conv/gpu',
+        'pallas_kernels/conv/tpu',
     )
     files = [f for folder in folders for f in (ROOT / folder).glob('[a-z]*.py')]
     missing = [str(f.relative_to(ROOT)) for f in files if f.name not in tree]

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from bigjax.nn.conv import Conv, conv_flops
+from bigjax.nn.implementation import Implementation
 from bigjax.nn.linear import Dense
 from bigjax.nn.pooling import adaptive_avg_pool, ceil_padding, max_pool
 
@@ -65,7 +66,8 @@ class AlexNet(nn.Module):
     the units of the dense layers (0: the published ones). `small_stem` is for small images, from
     one pixel up: the first convolution is 5×5 with stride 1, pooling keeps the pixels at the far
     sides, and the dense layers read the last map as it is, not averaged to 6×6. Dropout (rng
-    'dropout') acts before both hidden dense layers.
+    'dropout') acts before both hidden dense layers. `conv_impl` is of the convolutions
+    (`bigjax.nn.conv`).
     """
 
     classes: int
@@ -74,6 +76,7 @@ class AlexNet(nn.Module):
     dropout: float = 0.5
     small_stem: bool = False
     dtype: Any = jnp.float32
+    conv_impl: Implementation = 'auto'
 
     @nn.compact
     def __call__(self, x_BHWC: jax.Array, *, train: bool) -> jax.Array:
@@ -85,13 +88,15 @@ class AlexNet(nn.Module):
                 kernel_size=(layer.kernel,) * 2,
                 strides=(layer.stride,) * 2,
                 padding=((layer.pad,) * 2,) * 2,
+                activation=None if layer.pooled else 'relu',
                 dtype=self.dtype,
+                impl=self.conv_impl,
                 name=f'conv_{i}',
             )(x_BHWC)
             # relu(max_pool(x)) = max_pool(relu(x)), gradients too, on fewer pixels.
             if layer.pooled:
                 x_BHWC = max_pool(x_BHWC, padding='CEIL' if self.small_stem else 'VALID', **_POOL)
-            x_BHWC = nn.relu(x_BHWC)
+                x_BHWC = nn.relu(x_BHWC)
         x_BF = x_BHWC if self.small_stem else adaptive_avg_pool(x_BHWC, _MAP)
         for i in range(2):
             x_BF = nn.Dropout(self.dropout, deterministic=not train)(x_BF)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from bigjax.nn.conv import Conv, conv_flops
+from bigjax.nn.implementation import Implementation
 from bigjax.nn.linear import Dense
 from bigjax.nn.pooling import max_pool
 
@@ -31,8 +32,8 @@ class CNN(nn.Module):
 
     Images [B, H, W, C] float, from 4×4 up (pooling stops at images under 4 pixels); logits
     [B, classes] float32. Dropout (rng 'dropout') acts on the hidden layer, `conv_dropout` on whole
-    feature maps after each pooling. LeCun et al. 1998, "Gradient-based learning applied to document
-    recognition".
+    feature maps after each pooling. `conv_impl` is of the convolutions (`bigjax.nn.conv`). LeCun et
+    al. 1998, "Gradient-based learning applied to document recognition".
     """
 
     classes: int
@@ -41,12 +42,14 @@ class CNN(nn.Module):
     dropout: float = 0.0
     conv_dropout: float = 0.0
     dtype: Any = jnp.float32
+    conv_impl: Implementation = 'auto'
 
     @nn.compact
     def __call__(self, x_BHWC: jax.Array, *, train: bool) -> jax.Array:
         """Returns logits [B, classes] in float32."""
         for i, features in enumerate(self.features):
-            x_BHWC = Conv(features, dtype=self.dtype, name=f'conv_{i}')(x_BHWC)
+            conv = Conv(features, dtype=self.dtype, impl=self.conv_impl, name=f'conv_{i}')
+            x_BHWC = conv(x_BHWC)
             # relu(max_pool(x)) = max_pool(relu(x)), gradients too, on a quarter of the pixels.
             if min(x_BHWC.shape[1:3]) >= 4:
                 x_BHWC = max_pool(x_BHWC)

@@ -15,6 +15,7 @@ from flax import linen as nn
 from bigjax.experiment import UsageError
 from bigjax.models.inception_tables import SIZES, Block, Branch, C, Pool, Size
 from bigjax.nn.conv import Conv, conv_flops
+from bigjax.nn.implementation import Implementation
 from bigjax.nn.linear import Dense
 from bigjax.nn.pooling import (
     adaptive_avg_pool,
@@ -44,11 +45,12 @@ class Mixed(nn.Module):
 
     block: Block
     dtype: Any
+    conv_impl: Implementation = 'auto'
 
     @nn.compact
     def __call__(self, x_BHWC: jax.Array, *, train: bool) -> jax.Array:
         outputs = [
-            _run(x_BHWC, branch, f'branch_{i}_', train, self.dtype)
+            _run(x_BHWC, branch, f'branch_{i}_', train, self.dtype, self.conv_impl)
             for i, branch in enumerate(self.block)
         ]
         return jnp.concatenate(outputs, -1)
@@ -60,6 +62,7 @@ class Auxiliary(nn.Module):
     classes: int
     size: Size
     dtype: Any
+    conv_impl: Implementation = 'auto'
 
     @nn.compact
     def __call__(self, x_BHWC: jax.Array, *, train: bool) -> jax.Array:
@@ -69,7 +72,7 @@ class Auxiliary(nn.Module):
             x_BHWC = avg_pool(x_BHWC, window=(5, 5), strides=(3, 3))
         else:
             x_BHWC = adaptive_avg_pool(x_BHWC, own.auxiliary_map)
-        x_BHWC = _run(x_BHWC, own.auxiliary_convs, '', train, self.dtype)
+        x_BHWC = _run(x_BHWC, own.auxiliary_convs, '', train, self.dtype, self.conv_impl)
         if own.auxiliary_hidden:
             init = nn.initializers.he_normal()
             hidden = Dense(
@@ -91,9 +94,9 @@ class Inception(nn.Module):
 
     With `auxiliary`, training gives a tuple: the logits, then those of each auxiliary head, all
     [B, classes] float32; without, and in evaluation, the logits alone. Dropout (rng 'dropout') is
-    before the last layer (below 0: the published share) and in the auxiliary heads of version 1.
-    Variables: 'params' (float32) and 'batch_stats', updated when `train` under
-    mutable=['batch_stats']. Raises UsageError for an unknown version and for too small images.
+    before the last layer (below 0: the published share) and in the auxiliary heads of version 1;
+    `conv_impl` as in `bigjax.nn.conv`. Variables: 'params' (float32), 'batch_stats' (updated when
+    `train`). Raises UsageError for an unknown version and for too small images.
     """
 
     classes: int
@@ -103,6 +106,7 @@ class Inception(nn.Module):
     dropout: float = -1.0
     small_stem: bool = False
     dtype: Any = jnp.float32
+    conv_impl: Implementation = 'auto'
 
     @nn.compact
     def __call__(self, x_BHWC: jax.Array, *, train: bool) -> jax.Array | tuple[jax.Array, ...]:
@@ -111,18 +115,20 @@ class Inception(nn.Module):
         _check((x_BHWC.shape[1], x_BHWC.shape[2]), self.version, self.small_stem)
         heads: list[jax.Array] = []
         stem = own.small_stem if self.small_stem else own.stem
-        x_BHWC = _run(x_BHWC, stem, 'stem_', train, self.dtype)
+        x_BHWC = _run(x_BHWC, stem, 'stem_', train, self.dtype, self.conv_impl)
         for s, stage in enumerate(own.stages):
             for b, block in enumerate(stage):
                 if isinstance(block, Pool):
                     x_BHWC = _pool(x_BHWC, block)
                     continue
-                mixed = Mixed(block, self.dtype, name=f'stage_{s}_block_{b}')
+                name = f'stage_{s}_block_{b}'
+                mixed = Mixed(block, self.dtype, self.conv_impl, name=name)
                 x_BHWC = mixed(x_BHWC, train=train)
                 # Init is not training, but has to make the parameters of all heads.
                 wanted = self.auxiliary and (train or self.is_initializing())
                 if wanted and (s, b) in own.auxiliary:
-                    head = Auxiliary(self.classes, own, self.dtype, name=f'auxiliary_{len(heads)}')
+                    name, impl = f'auxiliary_{len(heads)}', self.conv_impl
+                    head = Auxiliary(self.classes, own, self.dtype, impl, name=name)
                     heads.append(head(x_BHWC, train=train))
         rate = own.dropout if self.dropout < 0 else self.dropout
         x_BF = nn.Dropout(rate, deterministic=not train)(global_avg_pool(x_BHWC))
@@ -220,7 +226,14 @@ def _walk(x: Any, branch: Branch, step: Callable, join: Callable) -> Any:
     return x
 
 
-def _run(x_BHWC: jax.Array, branch: Branch, prefix: str, train: bool, dtype: Any) -> jax.Array:
+def _run(
+    x_BHWC: jax.Array,
+    branch: Branch,
+    prefix: str,
+    train: bool,
+    dtype: Any,
+    impl: Implementation,
+) -> jax.Array:
     """Runs a branch inside a compact method; its layers are called `<prefix>conv_0`, …."""
 
     def step(x_BHWC, part, number):
@@ -233,6 +246,7 @@ def _run(x_BHWC: jax.Array, branch: Branch, prefix: str, train: bool, dtype: Any
             padding=_pads(part),
             use_bias=False,
             dtype=dtype,
+            impl=impl,
             name=f'{prefix}conv_{number}',
         )
         norm = nn.BatchNorm(

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from bigjax.nn.conv import Conv, conv_flops
+from bigjax.nn.implementation import Implementation
 from bigjax.nn.linear import Dense
 from bigjax.nn.pooling import global_avg_pool, max_pool
 
@@ -57,22 +58,24 @@ class Block(nn.Module):
     stride: int
     bottleneck: bool
     dtype: Any
+    conv_impl: Implementation = 'auto'
 
     @nn.compact
     def __call__(self, x_BHWC: jax.Array, *, train: bool) -> jax.Array:
         """Returns [B, ⌈H / stride⌉, ⌈W / stride⌉, width (or 4 × width)]."""
         norm = partial(_norm, train=train, dtype=self.dtype)
+        conv = partial(_conv, dtype=self.dtype, impl=self.conv_impl)
         plan = _plan(self.width, self.stride, self.bottleneck)
         y_BHWC = x_BHWC
         for i, (features, kernel, stride) in enumerate(plan):
             last = i == len(plan) - 1
-            y_BHWC = _conv(features, kernel, stride, self.dtype, f'conv_{i}')(y_BHWC)
+            y_BHWC = conv(f'conv_{i}', features, kernel, stride)(y_BHWC)
             init = nn.initializers.zeros_init() if last else nn.initializers.ones_init()
             y_BHWC = norm(f'norm_{i}', scale_init=init)(y_BHWC)
             if not last:
                 y_BHWC = nn.relu(y_BHWC)
         if x_BHWC.shape != y_BHWC.shape:
-            x_BHWC = _conv(y_BHWC.shape[-1], 1, self.stride, self.dtype, 'shortcut')(x_BHWC)
+            x_BHWC = conv('shortcut', y_BHWC.shape[-1], 1, self.stride)(x_BHWC)
             x_BHWC = norm('shortcut_norm')(x_BHWC)
         return nn.relu(x_BHWC + y_BHWC)
 
@@ -82,9 +85,9 @@ class ResNet(nn.Module):
 
     `width` is the first stage's number of channels (0: the published one). `small_stem` replaces
     the stride-2 7×7 convolution and the max-pooling by one 3×3 convolution; the 6n+2 forms always
-    have it. Variables: 'params' (float32) and 'batch_stats', updated when `train` under
-    mutable=['batch_stats']; statistics are over the whole (global) batch. Logits [B, classes]
-    float32. Raises ValueError for an unknown depth.
+    have it. `conv_impl` is of the convolutions (`bigjax.nn.conv`). Variables: 'params' (float32)
+    and 'batch_stats', updated when `train` under mutable=['batch_stats']; statistics are over the
+    whole (global) batch. Logits [B, classes] float32. Raises ValueError for an unknown depth.
     """
 
     classes: int
@@ -92,17 +95,19 @@ class ResNet(nn.Module):
     width: int = 0
     small_stem: bool = False
     dtype: Any = jnp.float32
+    conv_impl: Implementation = 'auto'
 
     @nn.compact
     def __call__(self, x_BHWC: jax.Array, *, train: bool) -> jax.Array:
         """Returns logits [B, classes] in float32."""
         stages, bottleneck, width = size(self.depth, self.width)
         norm = partial(_norm, train=train, dtype=self.dtype)
+        conv = partial(_conv, dtype=self.dtype, impl=self.conv_impl)
         if _has_small_stem(self.depth, self.small_stem):
-            x_BHWC = _conv(width, 3, 1, self.dtype, 'stem')(x_BHWC)
+            x_BHWC = conv('stem', width, 3, 1)(x_BHWC)
             x_BHWC = nn.relu(norm('stem_norm')(x_BHWC))
         else:
-            x_BHWC = _conv(width, 7, 2, self.dtype, 'stem')(x_BHWC)
+            x_BHWC = conv('stem', width, 7, 2)(x_BHWC)
             x_BHWC = nn.relu(norm('stem_norm')(x_BHWC))
             pads = ((1, 1), (1, 1))
             x_BHWC = max_pool(x_BHWC, window=(3, 3), strides=(2, 2), padding=pads)
@@ -110,7 +115,9 @@ class ResNet(nn.Module):
             for b in range(blocks):
                 stride = 2 if s > 0 and b == 0 else 1
                 name = f'stage_{s}_block_{b}'
-                block = Block(width * 2**s, stride, bottleneck, self.dtype, name=name)
+                block = Block(
+                    width * 2**s, stride, bottleneck, self.dtype, self.conv_impl, name=name
+                )
                 x_BHWC = block(x_BHWC, train=train)
         x_BC = global_avg_pool(x_BHWC)
         return Dense(self.classes, dtype=self.dtype, name='head')(x_BC).astype(jnp.float32)
@@ -171,7 +178,9 @@ def _has_small_stem(depth: int, small_stem: bool) -> bool:
     return small_stem or len(SIZES[depth][0]) == 3
 
 
-def _conv(features: int, kernel: int, stride: int, dtype: Any, name: str) -> Conv:
+def _conv(
+    name: str, features: int, kernel: int, stride: int, *, dtype: Any, impl: Implementation
+) -> Conv:
     # Symmetric padding, as torchvision: 'SAME' pads only the far side under stride 2.
     pad = (kernel // 2, kernel // 2)
     return Conv(
@@ -182,6 +191,7 @@ def _conv(features: int, kernel: int, stride: int, dtype: Any, name: str) -> Con
         use_bias=False,
         dtype=dtype,
         kernel_init=_conv_init,
+        impl=impl,
         name=name,
     )
 

@@ -14,6 +14,7 @@ from flax import linen as nn
 
 from bigjax.experiment import UsageError
 from bigjax.nn.conv import Conv, conv_flops
+from bigjax.nn.implementation import Implementation
 from bigjax.nn.linear import Dense
 from bigjax.nn.pooling import adaptive_avg_pool, max_pool
 
@@ -49,9 +50,10 @@ class VGG(nn.Module):
     `width` is the first stage's number of channels and `hidden` the units of the dense layers (0:
     64 and 4096). `small_stem` is for small images, from one pixel up: pooling keeps the pixels at
     the far sides of odd maps, and the dense layers read the last map (1×1 up to 32×32 pixels) as it
-    is, not averaged to 7×7. Dropout (rng 'dropout') acts after both hidden dense layers. Variables:
-    'params' (float32) and, with `batch_norm`, 'batch_stats', updated when `train` under
-    mutable=['batch_stats']. Logits [B, classes] float32. Raises UsageError for an unknown depth.
+    is, not averaged to 7×7. Dropout (rng 'dropout') acts after both hidden dense layers.
+    `conv_impl` is of the convolutions (`bigjax.nn.conv`). Variables: 'params' (float32) and, with
+    `batch_norm`, 'batch_stats', updated when `train` under mutable=['batch_stats']. Logits
+    [B, classes] float32. Raises UsageError for an unknown depth.
     """
 
     classes: int
@@ -62,22 +64,31 @@ class VGG(nn.Module):
     dropout: float = 0.5
     small_stem: bool = False
     dtype: Any = jnp.float32
+    conv_impl: Implementation = 'auto'
 
     @nn.compact
     def __call__(self, x_BHWC: jax.Array, *, train: bool) -> jax.Array:
         """Returns logits [B, classes] in float32."""
         for s, (convs, features) in enumerate(size(self.depth, self.width)):
             for i in range(convs):
+                pooled = i == convs - 1
+                fused = not (self.batch_norm or pooled)
                 conv = Conv(
-                    features, dtype=self.dtype, kernel_init=_conv_init, name=f'stage_{s}_conv_{i}'
+                    features,
+                    activation='relu' if fused else None,
+                    dtype=self.dtype,
+                    kernel_init=_conv_init,
+                    impl=self.conv_impl,
+                    name=f'stage_{s}_conv_{i}',
                 )
                 x_BHWC = conv(x_BHWC)
                 if self.batch_norm:
                     x_BHWC = self._norm(f'stage_{s}_norm_{i}', train)(x_BHWC)
-                if i == convs - 1:
+                if pooled:
                     # relu(max_pool(x)) = max_pool(relu(x)), gradients too, on a quarter of them.
                     x_BHWC = max_pool(x_BHWC, padding='CEIL' if self.small_stem else 'VALID')
-                x_BHWC = nn.relu(x_BHWC)
+                if not fused:
+                    x_BHWC = nn.relu(x_BHWC)
         x_BF = x_BHWC if self.small_stem else adaptive_avg_pool(x_BHWC, _MAP)
         for i in range(2):
             dense = Dense(

@@ -1,8 +1,6 @@
 """Inception v1 (GoogLeNet) with BatchNorm and v3, with auxiliary heads, and small-image forms.
 
-What they are made of is in `bigjax.models.inception_tables`.
-
-Legend: B batch, H W rows and columns, C channels, F features.
+What they are made of is in `bigjax.models.inception_tables`. Legend: B batch, H W rows and columns, C channels, F features.
 """
 
 from collections.abc import Callable
@@ -95,8 +93,8 @@ class Inception(nn.Module):
     With `auxiliary`, training gives a tuple: the logits, then those of each auxiliary head, all
     [B, classes] float32; without, and in evaluation, the logits alone. Dropout (rng 'dropout') is
     before the last layer (below 0: the published share) and in the auxiliary heads of version 1;
-    `conv_impl` as in `bigjax.nn.conv`. Variables: 'params' (float32), 'batch_stats' (updated when
-    `train`). Raises UsageError for an unknown version and for too small images.
+    `conv_impl` as in `bigjax.nn.conv`. Variables: 'params', 'batch_stats' (updated when `train`).
+    Raises UsageError for an unknown version and for too small images.
     """
 
     classes: int

@@ -163,12 +163,13 @@ def run(
     chip: Chip,
     values: Mapping[int, Sequence[int]],
     *,
+    slow_paths: bool = False,
     most_blocks: int = 20_000_000,
 ) -> Run:
     """Runs `program` on one core of `chip`, with `values` for operands in scalar memory.
 
-    A branch on a value that depends on data skips forward (a kernel guards its slow paths so)
-    and does not loop.
+    A branch on a value that depends on data skips forward (a kernel guards its slow paths so; with
+    `slow_paths` it goes through every one of them) and does not loop.
 
     Raises:
       ValueError: if it does not end within `most_blocks` basic blocks.
@@ -191,7 +192,7 @@ def run(
         machine.start = at
         block.run(machine)
         machine.clock += block.stop - block.start
-        at = _next(block, machine.registers, skipped)
+        at = _next(block, machine.registers, skipped, slow_paths)
     else:
         raise ValueError(f'the kernel did not end within {most_blocks} basic blocks')
     profile = tuple((at, blocks[at].stop - at, times) for at, times in visits.items() if times)
@@ -209,13 +210,13 @@ def run(
     )
 
 
-def _next(block: Block, registers: list, skipped: set[tuple[int, int]]) -> int:
+def _next(block: Block, registers: list, skipped: set[tuple[int, int]], slow_paths: bool) -> int:
     """The bundle after a block; notes a region that is left out because data decides about it."""
     if block.branch is None:
         return block.stop
     predicate = True if block.branch < 0 else registers[block.branch]
     if predicate is None:
-        forward = block.target > block.start
+        forward = block.target > block.start and not slow_paths
         if forward:
             skipped.add((block.stop, block.target - block.stop))
         return block.target if forward else block.stop

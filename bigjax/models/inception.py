@@ -1,6 +1,7 @@
 """Inception v1 (GoogLeNet) with BatchNorm and v3, with auxiliary heads, and small-image forms.
 
-What they are made of is in `bigjax.models.inception_tables`. Legend: B batch, H W rows and columns, C channels, F features.
+What they are made of is in `bigjax.models.inception_tables`. Legend: B batch, H W rows and columns,
+C channels, F features.
 """
 
 from collections.abc import Callable

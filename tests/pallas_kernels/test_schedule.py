@@ -46,9 +46,9 @@ def _utilization(bundles: int = LAST_BUNDLE + 1) -> str:
     )
 
 
-def _run(values, chip=V6E):
+def _run(values, chip=V6E, **options):
     program = schedule_program.parse(BUNDLES, _utilization())
-    return schedule_run.run(program, chip, values)
+    return schedule_run.run(program, chip, values, **options)
 
 
 def test_only_the_regions_that_run_are_counted():
@@ -66,6 +66,13 @@ def test_a_path_that_depends_on_data_is_reported_and_left_out():
     run = _run({0: (1,) * 6})
     assert run.skipped == ((0x10, 2),)
     assert 0x10 not in [start for start, _, _ in run.profile]
+
+
+def test_a_path_that_depends_on_data_is_gone_through_where_that_is_asked_for():
+    left_out, run = (_run({0: (1,) * 6}, slow_paths=slow) for slow in (False, True))
+    assert not run.skipped
+    assert (0x10, 2, 6) in run.profile
+    assert run.bundles == left_out.bundles + 6 * 2
 
 
 def test_an_operand_that_nobody_states_is_reported():

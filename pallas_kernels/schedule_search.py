@@ -20,27 +20,19 @@ from pallas_kernels.schedule_compile import CompileError
 from pallas_kernels.schedule_work import OURS
 
 DIMS = (64, 128, 256)
-LENGTHS = (512, 2048, 4096)
+LENGTHS = (2048, 4096)
 
 
 def candidates(chosen: BlockSizes) -> list[BlockSizes]:
-    """The rule's sizes, and those with one of them halved or doubled."""
+    """The rule's sizes, and those with tiles of 256 for 512 or the other way round.
+
+    How large the blocks are is the rule's business: they are as large as VMEM and the call allow.
+    """
     found = [chosen]
-    for name in ('q', 'kv', 'sub', 'chunk'):
-        for size in (getattr(chosen, name) // 2, getattr(chosen, name) * 2):
-            changed = {name: size}
-            if name == 'q':
-                changed['chunk'] = min(chosen.chunk, size)
-            if name == 'kv':
-                changed['sub'] = min(chosen.sub, size)
-            sizes = dataclasses.replace(chosen, **changed)
-            # Larger blocks are the rule's business, which knows how long the call is.
-            if min(sizes.sub, sizes.chunk) < 256 or sizes.q > chosen.q or sizes.kv > chosen.kv:
-                continue
-            if sizes.kv % sizes.sub == 0 and sizes.q % sizes.chunk == 0:
-                found.append(sizes)
-    heads = chosen.heads or 1
-    found += [dataclasses.replace(chosen, heads=n) for n in (heads // 2, heads * 2) if n]
+    for name, block in (('sub', chosen.kv), ('chunk', chosen.q)):
+        for size in (256, 512):
+            if size != getattr(chosen, name) and block % size == 0:
+                found.append(dataclasses.replace(chosen, **{name: size}))
     return found
 
 

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, PartitionSpec
 
 from bigjax.experiment import UsageError
 from bigjax.nn.conv import Conv, Conv1d, conv, conv1d, conv_flops
@@ -95,3 +96,14 @@ def test_flops_count_two_per_multiply_add():
     # A group of two reads half of the channels; a kernel spread over 5 rows leaves one of 5.
     flops, size = conv_flops((5, 5), 2, 4, padding='VALID', dilation=(2, 1), groups=2)
     assert (flops, size) == (2 * 3 * 9 * 4, (1, 3))
+
+
+def test_a_kernel_on_a_mesh_is_the_convolution_of_one_device():
+    x, w = _images((4, 6, 6, 8)), _images((3, 3, 8, 8), 1)
+    want = conv(x, w, impl='reference')
+    axes = (AxisType.Auto,) * 3
+    mesh = jax.make_mesh((2, 1, 2), ('data', 'fsdp', 'tensor'), axes, devices=jax.devices()[:4])
+    with jax.set_mesh(mesh):
+        got = jax.jit(lambda x, w: conv(x, w, impl='tpu'))(x, w)
+    np.testing.assert_allclose(got, want, atol=1e-4)
+    assert got.sharding.spec == PartitionSpec('data', None, None, 'tensor')

@@ -30,6 +30,17 @@ class Operands(NamedTuple):
     residual_BPQO: jax.Array | None = None
     segment_ids_BT: jax.Array | None = None
 
+    @property
+    def extra(self) -> dict[str, jax.Array]:
+        """The arrays that the epilogue takes, by name; only those that are there."""
+        found = {
+            'bias': self.bias_O,
+            'scale': self.scale_O,
+            'shift': self.shift_O,
+            'residual': self.residual_BPQO,
+        }
+        return {name: array for name, array in found.items() if array is not None}
+
 
 @dataclasses.dataclass(frozen=True)
 class Spec:

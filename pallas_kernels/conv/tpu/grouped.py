@@ -45,13 +45,7 @@ def forward(
 
     `interpret` is passed to `pallas_call`; None interprets unless the current chip is a TPU.
     """
-    extra = {
-        'bias': operands.bias_O,
-        'scale': operands.scale_O,
-        'shift': operands.shift_O,
-        'residual': operands.residual_BPQO,
-    }
-    extra = {name: value for name, value in extra.items() if value is not None}
+    extra = operands.extra
     plan = _tiled(operands, spec)
     plan = dataclasses.replace(plan, activation=spec.activation, given=tuple(extra), keep=keep)
     features = operands.w_KLDO.shape[3] // spec.groups

@@ -43,13 +43,7 @@ def forward(
     `interpret` is passed to `pallas_call`; None interprets unless the current chip is a TPU.
     """
     x_BHWC, B = operands.x_BHWC, operands.x_BHWC.shape[0]
-    extra = {
-        'bias': operands.bias_O,
-        'scale': operands.scale_O,
-        'shift': operands.shift_O,
-        'residual': operands.residual_BPQO,
-    }
-    extra = {name: value for name, value in extra.items() if value is not None}
+    extra = operands.extra
     outs = 1 + keep + ('residual' in extra)
     plan = plans.planned(
         operands, spec, outs, block_sizes, layout.target()[0],

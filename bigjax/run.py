@@ -1,7 +1,7 @@
 """The knobs of any run: how it goes, how text is made; and the error for what does not fit."""
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 
 class UsageError(ValueError):
@@ -32,6 +32,9 @@ class Run:
       accumulate: microbatches that one step's batch is computed in, to save memory
       steps_per_call: steps scanned in one call of the compiled program; slow for CNNs on a CPU
       mesh: devices per axis, such as data=2,fsdp=2,tensor=2; one axis may be -1 (what is left)
+      dcn: the part of the mesh between slices, such as data=2; empty puts all slices on data
+      deterministic: the same bits for any number of data shards that divides 8; slower
+      offload: what waits in the host's memory between its uses: none or optimizer
       workers: processes that prepare data; 0 uses threads
       data_dir: where data sets are prepared and looked for
       profile_steps: FIRST:LAST steps to trace for a profiler; empty traces none
@@ -50,6 +53,9 @@ class Run:
     accumulate: int = 1
     steps_per_call: int = 1
     mesh: str = 'data=-1'
+    dcn: str = ''
+    deterministic: bool = False
+    offload: Literal['none', 'optimizer'] = 'none'
     workers: int = 0
     data_dir: str = '~/tensorflow_datasets'
     profile_steps: str = ''
@@ -57,7 +63,8 @@ class Run:
     # A resumed run may change these: they say how long and where it runs, not what it computes.
     FREE: ClassVar[tuple[str, ...]] = (
         'steps', 'eval_batch', 'eval_every', 'save_every', 'log_every', 'keep', 'monitor',
-        'patience', 'steps_per_call', 'mesh', 'workers', 'data_dir', 'profile_steps',
+        'patience', 'steps_per_call', 'mesh', 'dcn', 'offload', 'workers', 'data_dir',
+        'profile_steps',
     )  # fmt: skip
 
     def __post_init__(self) -> None:

@@ -35,11 +35,11 @@ from bigjax.lora import LoRA
 from bigjax.models import gpt
 from bigjax.nn.attention import Implementation
 from bigjax.nn.moe import Routing
-from bigjax.nn.stack import Remat
 from bigjax.optimizers import Optim
 from bigjax.recipes.gpt import gpt_experiment
 from bigjax.recipes.language import Text
 from bigjax.recipes.sizes import override
+from bigjax.strategy import Strategy
 
 
 def experiment(
@@ -51,12 +51,11 @@ def experiment(
     bias: bool = True,
     dropout: float = 0.0,
     dtype: Literal['float32', 'bfloat16'] = 'float32',
-    scan: bool = False,
-    remat: Remat = 'none',
     attention: Implementation = 'auto',
     pretrained: str = '',
     text: Text = Text(vocab=50_257, seq=2048),
     routing: Routing = Routing(),
+    strategy: Strategy = Strategy(),
     lora: LoRA = LoRA(),
     run: Run = Run(steps=572_000, batch=256, eval_every=2000, save_every=2000),
     optim: Optim = Optim(peak_lr=6e-4, end_lr=0.1, warmup=715, b2=0.95, weight_decay=0.1, clip=1.0),
@@ -72,13 +71,11 @@ def experiment(
       bias: whether dense layers and norms have biases
       dropout: share of activations zeroed in training
       dtype: type of the computation; parameters are float32
-      scan: compile one block and loop over the layers; slow on a CPU
-      remat: what a block computes again for its gradient, to save memory
       attention: implementation of attention; auto takes the kernel of the chip, xla on a CPU
       pretrained: folder or .safetensors file to start from; empty starts at random
     """
     shape = override(gpt.GPT3_SIZES[size], depth=depth, heads=heads, width=width)
-    options = {'scan': scan, 'remat': remat, 'attention_impl': attention, 'dtype': jnp.dtype(dtype)}
+    options = {'attention_impl': attention, 'dtype': jnp.dtype(dtype), **strategy.fields()}
     return gpt_experiment(
         shape | options | {'bias': bias, 'dropout': dropout},
         text=text,

@@ -20,6 +20,7 @@ from bigjax.models import gpt
 from bigjax.nn.attention import Implementation
 from bigjax.optimizers import Optim
 from bigjax.recipes.language import language_model
+from bigjax.strategy import Strategy
 
 
 def experiment(
@@ -36,6 +37,7 @@ def experiment(
     tokenizer: Literal['bytes', 'bpe'] = 'bytes',
     vocab: int = 4096,
     z_loss: float = 0.0,
+    strategy: Strategy = Strategy(),
     run: Run = Run(steps=2000, batch=12, eval_batch=96, eval_every=500, save_every=500),
     optim: Optim = Optim(peak_lr=2e-3, end_lr=0.0, warmup=100, b2=0.99, weight_decay=0.1, clip=1.0),
     sample: Sample = Sample(prompt='def '),
@@ -68,6 +70,7 @@ def experiment(
         dropout=dropout,
         dtype=jnp.dtype(dtype),
         attention_impl=attention,
+        **strategy.fields(),
     )
     flops = gpt.forward_flops(vocab_size=vocab_size, length=seq, depth=depth, width=width)
     return language_model(

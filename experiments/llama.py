@@ -27,11 +27,11 @@ from bigjax.models import llama
 from bigjax.nn.attention import Implementation
 from bigjax.nn.moe import Routing
 from bigjax.nn.rotary import RotaryScaling
-from bigjax.nn.stack import Remat
 from bigjax.optimizers import Optim
 from bigjax.pretrained import llama as kept
 from bigjax.recipes.language import Text, language_model
 from bigjax.recipes.sizes import override
+from bigjax.strategy import Strategy
 
 
 def experiment(
@@ -45,12 +45,11 @@ def experiment(
     theta: float = 500_000.0,
     factor: float = 0.0,
     dtype: Literal['float32', 'bfloat16'] = 'float32',
-    scan: bool = False,
-    remat: Remat = 'none',
     attention: Implementation = 'auto',
     pretrained: str = '',
     text: Text = Text(vocab=128_256, seq=4096),
     routing: Routing = Routing(),
+    strategy: Strategy = Strategy(),
     lora: LoRA = LoRA(),
     run: Run = Run(steps=1_200_000, batch=1024, eval_every=2000, save_every=2000),
     optim: Optim = Optim(
@@ -70,8 +69,6 @@ def experiment(
       theta: base of the rotary frequencies
       factor: how much the context is extended by rotary scaling; 0 takes the size's, 1 is none
       dtype: type of the computation; parameters are float32
-      scan: compile one block and loop over the layers; slow on a CPU
-      remat: what a block computes again for its gradient, to save memory
       attention: implementation of attention; auto takes the kernel of the chip, xla on a CPU
       pretrained: folder or .safetensors file to start from; empty starts at random
     """
@@ -88,8 +85,7 @@ def experiment(
         theta=theta,
         scaling=scaling,
         dtype=jnp.dtype(dtype),
-        scan=scan,
-        remat=remat,
+        **strategy.fields(),
         attention_impl=attention,
         routing=routing,
         **shape,

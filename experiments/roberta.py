@@ -33,9 +33,9 @@ import jax.numpy as jnp
 from bigjax.experiment import Experiment, Run
 from bigjax.models import bert
 from bigjax.nn.attention import Implementation
-from bigjax.nn.stack import Remat
 from bigjax.optimizers import Optim
 from bigjax.recipes.encoders import Reading, encoder_experiment, encoder_shape
+from bigjax.strategy import Remat
 
 
 def experiment(

@@ -25,13 +25,13 @@ import jax.numpy as jnp
 from bigjax.experiment import Experiment, Run
 from bigjax.models import transformer
 from bigjax.nn.attention import Implementation
-from bigjax.nn.stack import Remat
 from bigjax.optimizers import Optim
 from bigjax.pretrained import marian
 from bigjax.pretrained.files import open_weights
 from bigjax.recipes.sizes import override
 from bigjax.recipes.text_to_text import TextPairs, text_to_text
 from bigjax.run import Search
+from bigjax.strategy import Remat
 
 
 def experiment(

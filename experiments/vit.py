@@ -30,10 +30,10 @@ import jax.numpy as jnp
 from bigjax.experiment import Experiment, Run
 from bigjax.models import vit
 from bigjax.nn.attention import Implementation
-from bigjax.nn.stack import Remat
 from bigjax.optimizers import Optim
 from bigjax.pretrained import vit as kept
 from bigjax.recipes.vision import Images, image_classification
+from bigjax.strategy import Remat
 
 
 def experiment(

@@ -289,7 +289,7 @@ def test_other_knobs_are_refused_by_name(tmp_path):
         identity(depth=3, kind='b', steps=20).claim(tmp_path)
     free = (
         'steps, eval_batch, eval_every, save_every, log_every, keep, monitor, patience, '
-        'steps_per_call, mesh, workers, data_dir, profile_steps, prompt, length, samples, '
+        'steps_per_call, mesh, dcn, offload, workers, data_dir, profile_steps, prompt, length, samples, '
         'temperature, top_k, top_p, min_p, sample_seed'
     )
     assert str(error.value) == (

@@ -17,7 +17,8 @@ from bigjax.nn.activations import gelu_erf
 from bigjax.nn.attention import Implementation, attention, check_heads, split_projections
 from bigjax.nn.linear import Dense, embedding_logits
 from bigjax.nn.norm import LayerNorm
-from bigjax.nn.stack import Remat, stack, stacked_rules
+from bigjax.nn.stack import stack, stacked_rules
+from bigjax.strategy import Remat
 
 # Devlin et al. 2019, table 6 of Turc et al. 2019 for the small ones, Wang et al. 2020 for MiniLM.
 SIZES = {

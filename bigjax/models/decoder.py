@@ -18,7 +18,7 @@ from bigjax.nn.attention import (
     empty_layers,
 )
 from bigjax.nn.moe import DENSE, Routing
-from bigjax.nn.stack import Remat
+from bigjax.strategy import Context, Matmul, Remat
 
 
 class Cache(NamedTuple):
@@ -51,6 +51,9 @@ class DecoderLM(nn.Module):
       attention_impl: implementation of attention.
       scan: whether the layers are one scanned block, see `bigjax.nn.stack`.
       remat: what of each block is computed again for the gradient, likewise.
+      microbatches: parts that a batch goes through a pipeline of stages in; 0 is one a stage.
+      context: how attention sees the positions that other devices hold.
+      matmul: precision of the dense layers.
       routing: mixture of experts in each block, if any.
     """
 
@@ -63,6 +66,9 @@ class DecoderLM(nn.Module):
     attention_impl: Implementation = 'auto'
     scan: bool = False
     remat: Remat = 'none'
+    microbatches: int = 0
+    context: Context = 'ring'
+    matmul: Matmul = 'default'
     routing: Routing = DENSE
 
     def __call__(self, tokens_BT: jax.Array, *, train: bool = False) -> jax.Array:

@@ -16,7 +16,8 @@ from bigjax.experiment import UsageError
 from bigjax.nn.attention import Implementation, check_heads, empty_layers
 from bigjax.nn.encoder_decoder import Activation, Block, Layers, Norm
 from bigjax.nn.linear import embedding_logits
-from bigjax.nn.stack import Remat, stacked_rules
+from bigjax.nn.stack import stacked_rules
+from bigjax.strategy import Remat
 
 # Vaswani et al. 2017, table 3: base and big, of 6 + 6 layers; and one for two CPU cores.
 SIZES = {

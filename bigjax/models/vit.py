@@ -23,7 +23,8 @@ from bigjax.nn.activations import gelu_erf
 from bigjax.nn.attention import Implementation, attention, check_heads, split_projections
 from bigjax.nn.linear import Dense
 from bigjax.nn.norm import LayerNorm
-from bigjax.nn.stack import Remat, stack, stacked_rules
+from bigjax.nn.stack import stack, stacked_rules
+from bigjax.strategy import Remat
 
 
 class Size(NamedTuple):

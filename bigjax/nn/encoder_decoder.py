@@ -15,7 +15,8 @@ from bigjax.nn.activations import gelu_erf
 from bigjax.nn.attention import Implementation, attention, cached_attention, split_projections
 from bigjax.nn.linear import Dense
 from bigjax.nn.norm import LayerNorm
-from bigjax.nn.stack import Remat, stack
+from bigjax.nn.stack import stack
+from bigjax.strategy import Remat
 
 Norm = Literal['post', 'pre']
 Activation = Literal['relu', 'swish', 'gelu']

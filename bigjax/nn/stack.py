@@ -5,13 +5,13 @@ Legend: L layers.
 
 import re
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-Remat = Literal['none', 'full', 'dots', 'dots_no_batch']
+from bigjax.strategy import Remat
 
 # What the forward pass keeps for the gradient; 'full' keeps the blocks' inputs alone. Our Dense
 # multiplies matrices, so 'dots_no_batch' keeps its outputs but not the scores of attention.

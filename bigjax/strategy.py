@@ -1,0 +1,39 @@
+"""How a decoder is computed, whatever it learns: the knobs that every decoder shares."""
+
+import dataclasses
+from typing import Any, Literal
+
+from bigjax.run import need
+
+Remat = Literal[
+    'none', 'full', 'dots', 'dots_no_batch', 'minimal', 'save_qkv', 'save_out', 'save_mlp_in',
+    'offload_qkv', 'offload_dots',
+]  # fmt: skip
+Context = Literal['ring', 'gather']
+Matmul = Literal['default', 'int8', 'fp8']
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Strategy:
+    """What is looped over, kept for the gradient, cut into parts and rounded.
+
+    Attributes:
+      scan: compile one block and loop over the layers; slow on a CPU
+      remat: what a block computes again for its gradient, to save memory
+      microbatches: parts of a batch in a pipeline, on a mesh with stages; 0 takes one a stage
+      context: how positions on other devices are seen, on a mesh with context: ring or gather
+      matmul: precision of dense layers: default is the computation's type
+    """
+
+    scan: bool = False
+    remat: Remat = 'none'
+    microbatches: int = 0
+    context: Context = 'ring'
+    matmul: Matmul = 'default'
+
+    def __post_init__(self) -> None:
+        need(self.microbatches >= 0, self, 'microbatches', 'must not be negative', 0)
+
+    def fields(self) -> dict[str, Any]:
+        """Returns the fields of `bigjax.models.decoder.DecoderLM` of the same names."""
+        return dataclasses.asdict(self)

@@ -27,18 +27,15 @@ except ImportError:
 
 from bigjax import experiment as experiments
 from bigjax import identity as identities
+from bigjax.options import ACTIONS, options
 
 FLAGS = flags.FLAGS
 ROOT = Path(__file__).resolve().parent
-ACTIONS = ('train', 'evaluate', 'generate', 'describe', 'import', 'export')
 flags.DEFINE_string(
     'experiment', None, 'name of a file in experiments/; without it, they are listed'
 )
 flags.DEFINE_enum('action', 'train', ACTIONS, 'what to do with the experiment')
 flags.DEFINE_string('workdir', None, 'where the run is kept; default: runs/NAME-AND-KNOBS')
-flags.DEFINE_string('checkpoint', 'latest', 'for all but train: latest, best or a step')
-flags.DEFINE_string('export_dir', None, 'for export: the folder to write')
-flags.DEFINE_string('max_shard_size', '5GB', 'for export: the most that one file holds')
 flags.DEFINE_string('coordinator', None, 'HOST:PORT of process 0, where nothing announces it')
 flags.DEFINE_integer('processes', None, 'number of processes, with --coordinator')
 flags.DEFINE_integer('process_id', None, 'number of this process, with --coordinator')
@@ -51,8 +48,8 @@ def parse(argv):
     finder.add_argument('--experiment', '-experiment')
     name = finder.parse_known_args(argv[1:])[0].experiment
     try:
-        if name:
-            for knob_name, knob in experiments.knobs(experiments.find(name)).items():
+        for function in (options, experiments.find(name)) if name else (options,):
+            for knob_name, knob in experiments.knobs(function).items():
                 choices = [knob.type] if isinstance(knob.type, tuple) else []
                 define = DEFINE.get(knob.type, flags.DEFINE_string)
                 define = flags.DEFINE_enum if choices else define
@@ -98,20 +95,23 @@ def main(argv):
             print(f'{name:24} {line}')
         return print('\nstart one with --experiment=NAME; --experiment=NAME --help tells its knobs')
     prepare_process()
-    from bigjax import actions, distributed
+    from bigjax import actions, ahead, distributed
     from bigjax.checkpoint import SaveError
 
     function = experiments.find(FLAGS.experiment)
-    values = {name: FLAGS[name].value for name in experiments.knobs(function)}
-    identity = identities.identity(FLAGS.experiment, function, values)
-    workdir = (
-        Path(FLAGS.workdir).expanduser() if FLAGS.workdir else ROOT / 'runs' / identity.folder()
+    values, asked = (
+        {name: FLAGS[name].value for name in experiments.knobs(f)} for f in (function, options)
     )
+    identity = identities.identity(FLAGS.experiment, function, values)
+    folder = FLAGS.workdir or ROOT / 'runs' / identity.folder()
+    workdir = Path(folder).expanduser().absolute()
     try:
+        wanted = experiments.build(options, asked)
+        if FLAGS.action in ('plan', 'manifest'):  # They take a machine that is not this one.
+            return ahead.run(FLAGS.action, FLAGS.experiment, values, wanted, workdir)
         distributed.join(FLAGS.coordinator, FLAGS.processes, FLAGS.process_id, os.environ)
         experiment = experiments.build(function, values)
-        options = (FLAGS.checkpoint, FLAGS.export_dir, FLAGS.max_shard_size)
-        return actions.run(FLAGS.action, experiment, identity, workdir.absolute(), *options)
+        return actions.run(FLAGS.action, experiment, identity, workdir, wanted.kept)
     except (experiments.UsageError, SaveError, FloatingPointError) as error:
         sys.exit(f'launch.py: {error}')
 

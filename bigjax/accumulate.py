@@ -6,15 +6,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from bigjax.deterministic import make_deterministic
 from bigjax.task import Batch, Task
+from pallas_kernels.chip import accelerator
 
 
-def make_gradient(task: Task, accumulate: int) -> Callable:
+def make_gradient(task: Task, accumulate: int, *, deterministic: bool = False) -> Callable:
     """Returns `(params, extra, batch, key) -> (gradients, extra, {name: (sum, weight)})`.
 
     The batch is computed in `accumulate` microbatches. Each one's gradient is weighted by the
     weight of its loss, so the result is that of the whole batch also where rows weigh differently.
     Microbatch a takes rows a, a + accumulate, …: every device then uses rows it holds already.
+    `deterministic` makes the bits the same for any number of devices, see `bigjax.deterministic`;
+    microbatches are then those of each logical shard.
     """
     gradient = jax.value_and_grad(task.loss, has_aux=True)
 
@@ -42,9 +46,10 @@ def make_gradient(task: Task, accumulate: int) -> Callable:
             (extra, zeros),
             (batches, jnp.arange(accumulate)),
             # XLA:CPU computes convolution gradients fifty times slower in loops.
-            unroll=jax.default_backend() == 'cpu',
+            unroll=accelerator() is None,
         )
         weight = jnp.maximum(metrics['loss'][1], 1.0)
         return jax.tree.map(lambda g: g / weight, grads), extra, metrics
 
-    return whole if accumulate == 1 else accumulated
+    chosen = whole if accumulate == 1 else accumulated
+    return make_deterministic(chosen) if deterministic else chosen

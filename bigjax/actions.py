@@ -17,6 +17,7 @@ from bigjax.checkpoint import Checkpoints
 from bigjax.evaluate import Evaluator
 from bigjax.experiment import Experiment, UsageError
 from bigjax.identity import Identity
+from bigjax.options import LATEST, Kept
 from bigjax.predict import Predictor
 from bigjax.pretrained.write import size_in_bytes
 from bigjax.state import Setup, TrainState, first_state, setup
@@ -29,9 +30,7 @@ def run(
     experiment: Experiment,
     identity: Identity,
     workdir: Path,
-    checkpoint: str,
-    export_dir: str | None = None,
-    max_shard_size: str = '5GB',
+    kept: Kept = LATEST,
 ) -> int:
     """Does one action and returns the exit status.
 
@@ -40,9 +39,7 @@ def run(
       experiment: what to do it with.
       identity: its name and knobs.
       workdir: where the run is kept.
-      checkpoint: for evaluate, generate and export, `'latest'`, `'best'` or a step.
-      export_dir: for export, the folder to write.
-      max_shard_size: for export, the most that one file may hold, such as `'5GB'`.
+      kept: for evaluate, generate and export: which checkpoint, and where export writes.
 
     Raises:
       UsageError: something the user asked for does not fit.
@@ -57,7 +54,7 @@ def run(
     if action == 'import':
         return _import(experiment, plan, identity, workdir)
     if action == 'export':
-        export = _exporter(experiment, identity, export_dir, max_shard_size)
+        export = _exporter(experiment, identity, kept)
     if action == 'generate' and not _generates(experiment):
         raise UsageError(
             f'--action=generate: {identity.experiment} is no language model; try --action=evaluate'
@@ -68,7 +65,7 @@ def run(
         )
     identity.claim(workdir)
     checkpoints = Checkpoints(workdir, keep=experiment.run.keep)
-    step = checkpoints.choose(checkpoint)
+    step = checkpoints.choose(kept.checkpoint)
     with jax.set_mesh(plan.mesh):
         state, _ = checkpoints.restore(step, plan.abstract, plan.shardings)
         if action == 'evaluate':
@@ -113,7 +110,7 @@ def _import(experiment: Experiment, plan: Setup, identity: Identity, workdir: Pa
 
 
 def _exporter(
-    experiment: Experiment, identity: Identity, export_dir: str | None, max_shard_size: str
+    experiment: Experiment, identity: Identity, kept: Kept
 ) -> Callable[[TrainState], None]:
     """Returns what writes a state into --export_dir; refuses before anything is restored."""
     pretrained = experiment.pretrained
@@ -122,13 +119,14 @@ def _exporter(
             f'--action=export: {identity.experiment} has no form in another library; its '
             f'checkpoints are in its workdir'
         )
-    if not export_dir:
+    if not kept.export_dir:
         raise UsageError('--export_dir=: is empty; name a new folder: --export_dir=exported')
-    folder = Path(export_dir).expanduser()
-    max_bytes = size_in_bytes('max_shard_size', max_shard_size)
+    folder = Path(kept.export_dir).expanduser()
+    max_bytes = size_in_bytes('max_shard_size', kept.max_shard_size)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UsageError(
-            f'--export_dir={export_dir}: is there already and not an empty folder; name a new one'
+            f'--export_dir={kept.export_dir}: is there already and not an empty folder; name a new '
+            f'one'
         )
 
     def export(state: TrainState) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 
 from bigjax import losses, optimizers, sharding
 from bigjax.data import pipeline
+from bigjax.deterministic import sum_over_shards
 from bigjax.experiment import Experiment, UsageError
 from bigjax.predict import Predictor
 from bigjax.state import Setup, TrainState
@@ -63,25 +64,29 @@ class Evaluator:
         """
         self._experiment, self._mesh = experiment, plan.mesh
 
+        def metrics(batch: Batch, key: jax.Array, params: Any, extra: Any) -> Metrics:
+            return experiment.task.loss(params, extra, batch, key, False)[1][1]
+
         def eval_step(params: Any, extra: Any, batch: Batch) -> Metrics:
-            return experiment.task.loss(params, extra, batch, jax.random.key(0), False)[1][1]
+            compute = sum_over_shards(metrics) if experiment.run.deterministic else metrics
+            return compute(batch, jax.random.key(0), params, extra)
 
         self._eval_step = jax.jit(eval_step, out_shardings=sharding.replicated(plan.mesh))
         self._predictor = Predictor(experiment, plan.mesh) if experiment.score else None
         self._set, _, self._metric = experiment.run.monitor.rpartition('/')
-        known = self._metrics(eval_step, plan)
+        known = self._metrics(metrics, plan)
         if experiment.run.monitor not in known:
             raise UsageError(
                 f'--monitor={experiment.run.monitor}: must be one of {", ".join(known)}; '
                 f'try --monitor={known[0]}'
             )
 
-    def _metrics(self, eval_step: Callable[..., Metrics], plan: Setup) -> list[str]:
+    def _metrics(self, compute: Callable[..., Metrics], plan: Setup) -> list[str]:
         """Returns every SET/METRIC, from shapes alone."""
         found = []
         for name, records in self._experiment.data.evals.items():
             row, state = pipeline.eval_batches(records, batch=1)[0], plan.abstract
-            metrics = jax.eval_shape(eval_step, state.params, state.extra, row)
+            metrics = jax.eval_shape(compute, row, jax.random.key(0), state.params, state.extra)
             names = [MACRO_F1 if metric == CONFUSION else metric for metric in metrics]
             found += [f'{name}/{metric}' for metric in (*names, *self._experiment.score_names)]
         return found
@@ -104,14 +109,14 @@ class Evaluator:
         """
         score = self._scores_at(int(state.step)) if score is None else score
         params = optimizers.evaluation_params(state.params, state.opt_state)
-        placed = sharding.batch_sharding(self._mesh)
+        placed, (part, parts) = sharding.batch_sharding(self._mesh), sharding.batch_part(self._mesh)
         scores = {}
         for name, records in self._experiment.data.evals.items():
             dataset = pipeline.eval_batches(
                 records,
                 batch=self._experiment.run.eval_batch or self._experiment.run.batch,
-                process_index=jax.process_index(),
-                process_count=jax.process_count(),
+                process_index=part,
+                process_count=parts,
             )
             batches = pipeline.iterate(
                 dataset, place=lambda batch: sharding.shard_batch(batch, placed)

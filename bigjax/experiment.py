@@ -69,6 +69,7 @@ class Experiment:
       score_names: the names that `score` returns; all are better high.
       show: `show(batch, outputs)` -> one text a row, for the few examples that are shown.
       generate: (params, extra) -> texts of `--action=generate`, where `task.decoder` is not how.
+      model: the Linen module of a language model, from which a plan reads what it is made of.
       pretrained: the model's names in other libraries, and the weights that step 0 starts from.
       nonfinite: `'stop'` ends training at a loss or gradient that is not finite; `'skip'` goes on.
     """
@@ -86,6 +87,7 @@ class Experiment:
     score_names: tuple[str, ...] = ()
     show: 'Callable[[Examples, Examples], list[str]] | None' = None
     generate: Callable[[Any, Any], list[str]] | None = None
+    model: Any = None
     pretrained: 'Pretrained | None' = None
     nonfinite: str = 'stop'
 

@@ -75,6 +75,8 @@ class Identity:
             f'--{k}={self.knobs.get(k)} (there: {held["knobs"].get(k)})'
             for k in sorted(held['knobs'].keys() | self.knobs.keys())
             if k not in self.free and held['knobs'].get(k) != self.knobs.get(k)
+            # A knob that is younger than the run was, in effect, at its default.
+            if k in held['knobs'] or k in self.changed
         ]
         if differ:
             raise UsageError(

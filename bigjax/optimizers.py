@@ -159,11 +159,14 @@ def make_schedule(optim: Optim, steps: int) -> Schedule:
 
 
 def evaluation_params(params: optax.Params, opt_state: optax.OptState) -> optax.Params:
-    """The parameters to evaluate, generate and export with: the average if there is one."""
+    """The parameters to evaluate, generate and export with: the average if there is one.
+
+    It lies where `params` lie then, also where the state of the optimizer is in the host's memory.
+    """
     is_average = lambda x: isinstance(x, AverageState)  # noqa: E731
     for node in jax.tree.leaves(opt_state, is_leaf=is_average):
         if is_average(node):
-            return node.average
+            return jax.device_put(node.average, jax.tree.map(lambda x: x.sharding, params))
     return params
 
 

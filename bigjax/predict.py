@@ -42,10 +42,12 @@ class Predictor:
             yield _real_rows(*before)
 
     def _place(self, batch: Examples) -> dict[str, jax.Array]:
-        rows = self._batch // jax.process_count()
-        own = slice(jax.process_index() * rows, (jax.process_index() + 1) * rows)
+        # By their place in the whole batch, as predictions come back.
         placed = sharding.batch_sharding(self._mesh)
-        return sharding.shard_batch({name: x[own] for name, x in batch.items()}, placed)
+        return {
+            name: jax.make_array_from_callback(x.shape, placed, x.__getitem__)
+            for name, x in batch.items()
+        }
 
     def scores(self, params: Any, extra: Any, records: Records) -> dict[str, Any]:
         """Returns `experiment.score` of all predictions, as float64 scalars.

@@ -1,7 +1,8 @@
-"""Mesh and shardings: the one place where names of mesh axes are known.
+"""Shardings: where parameters, activations and batches lie on the mesh.
 
-Models describe their parameters by logical axes (`'embed'`, `'heads'`, …) in ordered rules; this
-file maps those names to mesh axes and turns a whole train state into shardings.
+Models describe their parameters by logical axes (`'embed'`, `'heads'`, …) in ordered rules, and
+their activations likewise; this file maps those names to mesh axes and turns a whole train state
+into shardings. With `bigjax.mesh`, the one place where names of mesh axes are known.
 """
 
 import math
@@ -11,80 +12,42 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from bigjax.experiment import UsageError
+from bigjax.mesh import AXES as AXES
+from bigjax.mesh import BATCH_AXES as BATCH_AXES
+from bigjax.mesh import make_mesh as make_mesh
+from bigjax.mesh import mesh_text
+from bigjax.mesh import parse_mesh as parse_mesh
+from bigjax.run import UsageError
 
-AXES = ('data', 'fsdp', 'tensor')
-# The batch is split over every axis that holds different examples.
-BATCH_AXES = ('data', 'fsdp')
 LOGICAL_TO_MESH = {
     'embed': 'fsdp',
     'heads': 'tensor',
     'mlp': 'tensor',
     'vocab': 'tensor',
     'channels': 'tensor',
-    'experts': 'tensor',
+    'experts': 'expert',
+    'layers': 'stage',
+}
+# What a model may say of an activation's dimension. 'sequence' holds between the blocks of a
+# transformer, where norms need no other position; 'length' within them. 'examples' are
+# the batch outside a pipeline, where else all stages would compute the same.
+ACTIVATIONS = {
+    'batch': BATCH_AXES,
+    'examples': (*BATCH_AXES, 'stage'),
+    'expert_rows': ('data', 'fsdp'),  # of the batch, at an expert
+    'sequence': ('context', 'tensor'),
+    'length': ('context',),
+    'heads': ('tensor',),
+    'mlp': ('tensor',),
+    'vocab': ('tensor',),
+    'embed': ('fsdp',),
+    'experts': ('expert',),
+    'stages': ('stage',),
 }
 
 Rule = tuple[str, tuple[str | None, ...] | str]
-
-
-def parse_mesh(text: str, devices: int, processes: int = 1) -> dict[str, int]:
-    """Returns the size of every axis in `AXES` for `text` such as `'data=2,fsdp=-1'`.
-
-    Args:
-      text: comma-separated `axis=size`; one size may be -1 (what is left); absent axes are 1.
-      devices: number of devices the sizes must multiply to.
-      processes: number of processes, each of which reads batch rows of its own.
-
-    Raises:
-      UsageError: an unknown or repeated axis, sizes that do not multiply to `devices`, or fewer
-        batch shards than processes.
-    """
-    sizes: dict[str, int] = {}
-    for part in filter(None, text.split(',')):
-        axis, _, size = part.partition('=')
-        if axis not in AXES or not re.fullmatch(r'-1|[1-9]\d*', size):
-            raise UsageError(
-                f'--mesh={text}: {part!r} is not axis=size with an axis of {", ".join(AXES)} and a '
-                f'positive size or -1; try --mesh=data=-1'
-            )
-        if axis in sizes:
-            raise UsageError(f'--mesh={text}: axis {axis!r} is given twice; try --mesh=data=-1')
-        sizes[axis] = int(size)
-    known = math.prod(size for size in sizes.values() if size != -1)
-    free = [axis for axis, size in sizes.items() if size == -1]
-    if len(free) > 1:
-        raise UsageError(f'--mesh={text}: only one axis may be -1; try --mesh=data=-1')
-    if devices % known if free else devices != known:
-        raise UsageError(
-            f'--mesh={text}: the sizes multiply to {known}, which '
-            f'{"does not divide" if free else "is not"} the number of devices, {devices}; '
-            f'try --mesh=data=-1'
-        )
-    sizes |= dict.fromkeys(free, devices // known)
-    shards = math.prod(sizes.get(axis, 1) for axis in BATCH_AXES)
-    if shards % processes:
-        raise UsageError(
-            f'--mesh={text}: {" * ".join(BATCH_AXES)} is {shards}, which is not a multiple of the '
-            f'{processes} processes, each of which reads batch rows of its own; '
-            f'try --mesh=data=-1'
-        )
-    return {axis: sizes.get(axis, 1) for axis in AXES}
-
-
-def make_mesh(text: str) -> Mesh:
-    """Returns a mesh over all devices of all processes, every axis of `AXES` in it.
-
-    Axis types are Auto: Linen layers take no output shardings, so the compiler propagates them.
-    """
-    sizes = parse_mesh(text, jax.device_count(), jax.process_count())
-    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES))
-
-
-def _mesh_text(sizes: Mapping[str, int]) -> str:
-    return ','.join(f'{axis}={size}' for axis, size in sizes.items() if size != 1)
 
 
 def path_string(path: tuple[Any, ...]) -> str:
@@ -99,17 +62,19 @@ def _largest(shape: tuple[int, ...], size: int) -> tuple[str | None, ...]:
     return tuple('embed' if d == best else None for d in range(len(shape)))
 
 
-def spec_for(path: str, shape: tuple[int, ...], rules: Sequence[Rule], mesh: Mesh) -> PartitionSpec:
-    """Returns the PartitionSpec of one parameter: the first rule whose regex is found in its path.
+def logical_axes(
+    path: str, shape: tuple[int, ...], rules: Sequence[Rule], fsdp: int
+) -> tuple[str | None, ...]:
+    """Returns the logical axes of one parameter: by the first rule whose regex is in its path.
 
     Args:
       path: the parameter's path, `'block_0/attention/qkv/kernel'`.
       shape: its shape.
       rules: ordered (regex, logical axis per dimension or `'largest'`).
-      mesh: gives the sizes that dimensions must divide by.
+      fsdp: what `'largest'` must divide by.
 
     Raises:
-      UsageError: no rule matches, a rule has the wrong rank, or a dimension does not divide.
+      UsageError: no rule matches, or a rule has the wrong rank or an unknown axis.
     """
     rule = next((rule for rule in rules if re.search(rule[0], path)), None)
     if rule is None:
@@ -118,7 +83,7 @@ def spec_for(path: str, shape: tuple[int, ...], rules: Sequence[Rule], mesh: Mes
             f"model, or end them with ('.*', 'largest')"
         )
     pattern, axes = rule
-    names = _largest(shape, mesh.shape['fsdp']) if axes == 'largest' else axes
+    names = _largest(shape, fsdp) if axes == 'largest' else axes
     known = (None, *LOGICAL_TO_MESH)
     if isinstance(names, str) or not all(name in known for name in names):
         raise UsageError(
@@ -130,15 +95,47 @@ def spec_for(path: str, shape: tuple[int, ...], rules: Sequence[Rule], mesh: Mes
             f'sharding rule {pattern!r} names {len(names)} dimensions, but parameter {path!r} has '
             f'{len(shape)}; give one logical axis or None per dimension'
         )
-    spec = tuple(name and LOGICAL_TO_MESH[name] for name in names)
-    for size, name, axis in zip(shape, names, spec, strict=True):
-        if axis and size % mesh.shape[axis]:
-            good = {**mesh.shape, axis: math.gcd(size, mesh.shape[axis]), 'data': -1}
-            raise UsageError(
-                f'--mesh={_mesh_text(mesh.shape)}: {axis}={mesh.shape[axis]} does not divide the '
-                f'{size} {name} of parameter {path!r}; try --mesh={_mesh_text(good)}'
-            )
-    return PartitionSpec(*spec)
+    return names
+
+
+def parameter_specs(
+    shapes: Mapping[str, tuple[int, ...]], rules: Sequence[Rule], mesh: Mesh
+) -> dict[str, PartitionSpec]:
+    """Returns the PartitionSpec of every parameter.
+
+    Args:
+      shapes: the shape of each parameter by its path.
+      rules: as in `logical_axes`.
+      mesh: gives the sizes that dimensions must divide by.
+
+    Raises:
+      UsageError: as in `logical_axes`, or a dimension does not divide; the message names the mesh
+        nearest to this one that divides all of them.
+    """
+    named = {p: logical_axes(p, shape, rules, mesh.shape['fsdp']) for p, shape in shapes.items()}
+    # The largest size of an axis, at most what it is now, that divides all there is to divide.
+    fits, wrong = dict(mesh.shape), ''
+    for path, names in named.items():
+        for size, name in zip(shapes[path], names, strict=True):
+            axis = LOGICAL_TO_MESH.get(name or '', '')
+            if axis and size % mesh.shape[axis]:
+                fits[axis] = math.gcd(size, fits[axis])
+                wrong = wrong or (
+                    f'{axis}={mesh.shape[axis]} does not divide the {size} {name} of parameter '
+                    f'{path!r}'
+                )
+    if wrong:
+        good = mesh_text({**fits, 'data': -1})
+        raise UsageError(f'--mesh={mesh_text(mesh.shape)}: {wrong}; try --mesh={good}')
+    return {
+        path: PartitionSpec(*(name and LOGICAL_TO_MESH[name] for name in names))
+        for path, names in named.items()
+    }
+
+
+def spec_for(path: str, shape: tuple[int, ...], rules: Sequence[Rule], mesh: Mesh) -> PartitionSpec:
+    """Returns the PartitionSpec of one parameter, see `parameter_specs`."""
+    return parameter_specs({path: shape}, rules, mesh)[path]
 
 
 def state_shardings(state: Any, rules: Sequence[Rule], mesh: Mesh) -> Any:
@@ -146,19 +143,82 @@ def state_shardings(state: Any, rules: Sequence[Rule], mesh: Mesh) -> Any:
 
     A leaf elsewhere in the state (a moment, an average) whose path ends in a parameter's path and
     which has its shape is placed like that parameter; everything else is replicated.
+
+    Raises:
+      UsageError: as in `parameter_specs`, or stages that have no layers.
     """
     leaves = jax.tree_util.tree_leaves_with_path(state.params)
-    placed = {path_string(p): (x.shape, spec_for(path_string(p), x.shape, rules, mesh))
-              for p, x in leaves}  # fmt: skip
+    shapes = {path_string(path): leaf.shape for path, leaf in leaves}
+    specs = parameter_specs(shapes, rules, mesh)
+    stage = LOGICAL_TO_MESH['layers']
+    if mesh.shape.get(stage, 1) > 1 and not any(stage in spec for spec in specs.values()):
+        raise UsageError(
+            f'--mesh={mesh_text(mesh.shape)}: scanned layers are what the {mesh.shape[stage]} '
+            f'stages share, and this model has none; try --scan, or --mesh=data=-1'
+        )
 
     def sharding(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
         parts = path_string(path).split('/')
         suffixes = ('/'.join(parts[i:]) for i in range(len(parts)))
-        spec = next((placed[s][1] for s in suffixes if placed.get(s, [None])[0] == leaf.shape),
-                    PartitionSpec())  # fmt: skip
+        spec = next((specs[s] for s in suffixes if shapes.get(s) == leaf.shape), PartitionSpec())
         return NamedSharding(mesh, spec)
 
     return jax.tree_util.tree_map_with_path(sharding, state)
+
+
+def activation_spec(
+    names: Sequence[str | None], shape: tuple[int, ...], mesh: Mesh | AbstractMesh
+) -> PartitionSpec:
+    """Returns where an activation lies whose dimensions have these names of `ACTIVATIONS`.
+
+    Only axes that the compiler places and that are larger than 1 are named, and of those of one
+    dimension as many, from the first, as divide it.
+
+    Raises:
+      ValueError: not one name per dimension, or an unknown one.
+    """
+    if len(names) != len(shape) or not all(name in (None, *ACTIVATIONS) for name in names):
+        raise ValueError(
+            f'names {names} of an array {list(shape)}: must be one of {", ".join(ACTIVATIONS)} or '
+            f'None per dimension'
+        )
+    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    spec: list[tuple[str, ...] | None] = []
+    for name, size in zip(names, shape, strict=True):
+        axes: tuple[str, ...] = ()
+        for axis in ACTIVATIONS[name] if name else ():
+            parts = math.prod(mesh.shape[a] for a in axes) * mesh.shape.get(axis, 1)
+            if mesh.shape.get(axis, 1) > 1 and kinds[axis] == AxisType.Auto and size % parts == 0:
+                axes = (*axes, axis)
+        spec.append(axes or None)
+    return PartitionSpec(*spec)
+
+
+def batch_part(mesh: Mesh, process: int | None = None) -> tuple[int, int]:
+    """Returns which part of every batch a process reads, and how many parts there are.
+
+    Processes whose devices hold the same rows, as those of one `tensor` group do, read the same.
+
+    Args:
+      mesh: the mesh.
+      process: its number; None is this one.
+
+    Raises:
+      UsageError: two processes hold some rows in common, but not all.
+    """
+    where = NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+    rows: dict[int, set[int]] = {}
+    places: Mapping[Any, Any] = where.devices_indices_map((mesh.size,))
+    for device, (part,) in places.items():
+        rows.setdefault(device.process_index, set()).add(part.start or 0)
+    parts = sorted({tuple(sorted(part)) for part in rows.values()})
+    if len({len(part) for part in parts}) > 1 or sum(map(len, parts)) > len(set().union(*parts)):
+        raise UsageError(
+            f'--mesh={mesh_text(mesh.shape)}: the rows of a batch on one process must be those of '
+            f'another or others, not some of them; try --mesh=data=-1'
+        )
+    mine = jax.process_index() if process is None else process
+    return parts.index(tuple(sorted(rows[mine]))), len(parts)
 
 
 def batch_sharding(mesh: Mesh, *, stacked: bool = False) -> NamedSharding:
@@ -207,8 +267,10 @@ def shard_batch(batch: dict[str, np.ndarray], sharding: NamedSharding) -> dict[s
 
 
 def bytes_per_device(state: Any, shardings: Any) -> int:
-    """Returns the bytes one device holds of an abstract tree under `shardings`."""
-    sizes = jax.tree.map(
-        lambda x, s: math.prod(s.shard_shape(x.shape)) * x.dtype.itemsize, state, shardings
-    )
-    return sum(jax.tree.leaves(sizes))
+    """Returns the bytes one device holds of an abstract tree, its share of the host's left out."""
+
+    def size(x: Any, where: NamedSharding) -> int:
+        on_host = where.memory_kind not in (None, 'device')
+        return 0 if on_host else math.prod(where.shard_shape(x.shape)) * x.dtype.itemsize
+
+    return sum(jax.tree.leaves(jax.tree.map(size, state, shardings)))

@@ -1,6 +1,7 @@
 """The train state, and where each part of it will live."""
 
-from collections.abc import Callable, Mapping
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -8,8 +9,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bigjax import sharding
+from bigjax import deterministic, offload, sharding
+from bigjax.data.pipeline import train_batches
 from bigjax.experiment import Experiment
+from bigjax.nn.pipeline import stages
 from bigjax.task import Task
 
 # A CPU draws so few numbers within a second by a program that was not optimized, which compiles
@@ -79,6 +82,20 @@ def check_pretrained(experiment: Experiment, plan: Setup) -> None:
         experiment.pretrained.match(variables(plan.abstract))
 
 
+def check_pipeline(experiment: Experiment, plan: Setup) -> None:
+    """Raises UsageError where a batch does not go through the stages of the mesh, if it has any."""
+    with jax.set_mesh(plan.mesh):
+        if stages() == 1:
+            return
+        data, run = experiment.data.train, experiment.run
+        row = train_batches(data, batch=1, seed=run.seed, augment=experiment.augment)[0]
+        rows = run.batch // run.accumulate
+        batch = {k: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype) for k, x in row.items()}
+        state, key = plan.abstract, jax.random.key(0)
+        loss = functools.partial(experiment.task.loss, train=True)
+        jax.eval_shape(loss, state.params, state.extra, batch, key)
+
+
 def first_state(experiment: Experiment, plan: Setup) -> TrainState:
     """Returns the state of step 0, born sharded: random, or with pretrained weights.
 
@@ -98,15 +115,27 @@ def first_state(experiment: Experiment, plan: Setup) -> TrainState:
     return jax.jit(init, **options)(loaded)
 
 
-def setup(experiment: Experiment) -> Setup:
+def setup(experiment: Experiment, devices: Sequence[Any] | None = None) -> Setup:
     """Returns mesh, shapes and shardings of a run; allocates and compiles nothing.
+
+    Args:
+      experiment: what is to run.
+      devices: where, such as on those of a topology; None takes all there are.
 
     Raises:
       UsageError: mesh, batch, rules, or the metric to monitor do not fit together.
     """
     run = experiment.run
-    mesh = sharding.make_mesh(run.mesh)
+    mesh = sharding.make_mesh(run.mesh, run.dcn, devices)
     sharding.check_batch('batch', run.batch, mesh, accumulate=run.accumulate)
     sharding.check_batch('eval_batch', run.eval_batch or run.batch, mesh)
-    abstract = jax.eval_shape(make_init(experiment.task, experiment.optimizer, run.seed))
-    return Setup(mesh, abstract, sharding.state_shardings(abstract, experiment.rules, mesh))
+    if run.deterministic:
+        deterministic.check(run, mesh)
+    sharding.batch_part(mesh)  # Raises where processes would share some rows.
+    with jax.set_mesh(mesh):  # Models say what does not fit it.
+        abstract = jax.eval_shape(make_init(experiment.task, experiment.optimizer, run.seed))
+    placed = sharding.state_shardings(abstract, experiment.rules, mesh)
+    if run.offload == 'optimizer':
+        offload.check(mesh)
+        placed = placed._replace(opt_state=offload.on_host(placed.opt_state, abstract.opt_state))
+    return Setup(mesh, abstract, placed)

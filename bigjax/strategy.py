@@ -1,13 +1,13 @@
 """How a decoder is computed, whatever it learns: the knobs that every decoder shares."""
 
 import dataclasses
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from bigjax.run import need
 
 Remat = Literal[
-    'none', 'full', 'dots', 'dots_no_batch', 'minimal', 'save_qkv', 'save_out', 'save_mlp_in',
-    'offload_qkv', 'offload_dots',
+    'none', 'full', 'save_attention', 'save_qkv', 'save_out', 'minimal', 'dots', 'dots_no_batch',
+    'offload_inputs', 'offload_qkv', 'offload_minimal',
 ]  # fmt: skip
 Context = Literal['ring', 'gather']
 Matmul = Literal['default', 'int8', 'fp8']
@@ -30,6 +30,9 @@ class Strategy:
     microbatches: int = 0
     context: Context = 'ring'
     matmul: Matmul = 'default'
+
+    # A resumed run may change these: they say how it is computed on its machine, not what.
+    FREE: ClassVar[tuple[str, ...]] = ('remat', 'microbatches', 'context')
 
     def __post_init__(self) -> None:
         need(self.microbatches >= 0, self, 'microbatches', 'must not be negative', 0)

@@ -22,8 +22,9 @@ from bigjax.finite import stop_if_not_finite
 from bigjax.identity import Identity
 from bigjax.interrupt import catch_interrupts
 from bigjax.metrics import TimeSplit, Writer
+from bigjax.offload import offloaded
 from bigjax.profile import Profile
-from bigjax.state import TrainState, check_pretrained, first_state, setup
+from bigjax.state import TrainState, check_pipeline, check_pretrained, first_state, setup
 from bigjax.task import Batch
 
 
@@ -52,7 +53,9 @@ def make_train_step(experiment: Experiment) -> Callable:
     random key of a step depends on the seed and the step alone.
     """
     task, optimizer, run = experiment.task, experiment.optimizer, experiment.run
-    gradient = make_gradient(task, run.accumulate)
+    gradient = make_gradient(task, run.accumulate, deterministic=run.deterministic)
+    if run.offload == 'optimizer':
+        optimizer = offloaded(optimizer)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         key = jax.random.fold_in(jax.random.key(run.seed), state.step)
@@ -96,6 +99,7 @@ def train(experiment: Experiment, identity: Identity, workdir: Path) -> Outcome:
     # ---- Where everything lives ----
     plan = setup(experiment)
     evaluator = Evaluator(experiment, plan)
+    check_pipeline(experiment, plan)
     if not (workdir / 'run.json').exists():
         check_pretrained(experiment, plan)
     identity.claim(workdir)
@@ -139,13 +143,14 @@ def train(experiment: Experiment, identity: Identity, workdir: Path) -> Outcome:
                 state = first_state(experiment, plan)
 
         # ---- Data: the batch of step n is a function of (seed, n) ----
+        part, parts = sharding.batch_part(plan.mesh)
         dataset = pipeline.train_batches(
             experiment.data.train,
             batch=run.batch,
             seed=run.seed,
             augment=experiment.augment,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            process_index=part,
+            process_count=parts,
         )
         placed = sharding.batch_sharding(plan.mesh, stacked=True)
         batches = pipeline.iterate(

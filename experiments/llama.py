@@ -1,4 +1,4 @@
-"""Llama 3: rotary positions, RMSNorm, SwiGLU and grouped queries, 1B to 405B parameters.
+"""Llama 2 and 3: rotary positions, RMSNorm, SwiGLU and grouped queries, 1B to 405B.
 
 Grattafiori et al. 2024, "The Llama 3 herd of models" (arXiv:2407.21783), §3 and table 3: AdamW,
 8,000 steps of warm-up, cosine to a hundredth over 1,200,000 steps, at first 4 M tokens a step in
@@ -16,6 +16,7 @@ the whole validation set in 2:20):
         --seq=64 --batch=12 --steps=2000 --warmup=100 --peak_lr=2e-3
 """
 
+import dataclasses
 import math
 from typing import Literal
 
@@ -36,18 +37,19 @@ from bigjax.strategy import Strategy
 
 def experiment(
     *,
-    size: Literal['1B', '3B', '8B', '70B', '405B'] = '1B',
+    size: Literal['1B', '3B', '8B', '70B', '405B', '2-7B', '2-13B', '2-70B'] = '1B',
     depth: int = 0,
     heads: int = 0,
     kv_heads: int = 0,
     width: int = 0,
     hidden: int = 0,
-    theta: float = 500_000.0,
+    head_dim: int = 0,
+    theta: float = 0.0,
     factor: float = 0.0,
     dtype: Literal['float32', 'bfloat16'] = 'float32',
     attention: Implementation = 'auto',
     pretrained: str = '',
-    text: Text = Text(vocab=128_256, seq=4096),
+    text: Text = Text(vocab=0, seq=4096),
     routing: Routing = Routing(),
     strategy: Strategy = Strategy(),
     lora: LoRA = LoRA(),
@@ -60,26 +62,28 @@ def experiment(
     """Builds the run.
 
     Args:
-      size: published variant
+      size: published variant, 2-… of Llama 2, whose vocabulary --vocab=0 takes
       depth: transformer blocks; 0 takes the size's
       heads: query heads; 0 takes the size's
-      kv_heads: key-value heads, must divide heads; 0 takes 8, or fewer where they do not divide
+      kv_heads: key-value heads, must divide heads; 0 takes the size's, or fewer that divide
       width: width of the residual stream, an even multiple of heads; 0 takes the size's
       hidden: width of the MLP; 0 takes the size's multiple of the width
-      theta: base of the rotary frequencies
+      head_dim: size of a head; 0 is width / heads
+      theta: base of the rotary frequencies; 0 takes the size's
       factor: how much the context is extended by rotary scaling; 0 takes the size's, 1 is none
       dtype: type of the computation; parameters are float32
       attention: implementation of attention; auto takes the kernel of the chip, xla on a CPU
       pretrained: folder or .safetensors file to start from; empty starts at random
     """
-    size_ = llama.SIZES[size]
-    shape = override(size_, depth=depth, heads=heads, width=width, factor=factor)
-    scaling = RotaryScaling(shape.pop('factor'))
-    tied = shape.pop('tied')
-    shape['kv_heads'] = kv_heads or math.gcd(8, shape['heads'])
+    size_ = {'kv_heads': 8, 'theta': 500_000.0, 'vocab_size': 128_256, **llama.SIZES[size]}
+    knobs = {'depth': depth, 'heads': heads, 'width': width, 'head_dim': head_dim, 'theta': theta}
+    shape = override(size_, vocab_size=text.vocab, factor=factor, **knobs)
+    text = dataclasses.replace(text, vocab=shape['vocab_size'])
+    scaling, tied = RotaryScaling(shape.pop('factor')), shape.pop('tied')
+    theta = shape.pop('theta')
+    shape['kv_heads'] = kv_heads or math.gcd(shape['kv_heads'], shape['heads'])
     shape['hidden'] = hidden or size_['hidden'] * shape['width'] // size_['width']
     model = llama.Llama(
-        vocab_size=text.vocab,
         context_length=text.seq,
         tied=tied,
         theta=theta,
@@ -90,7 +94,7 @@ def experiment(
         routing=routing,
         **shape,
     )
-    flops = llama.forward_flops(vocab_size=text.vocab, length=text.seq, routing=routing, **shape)
+    flops = llama.forward_flops(length=text.seq, routing=routing, **shape)
     return language_model(
         model,
         text.open(run.data_dir),

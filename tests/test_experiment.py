@@ -283,14 +283,25 @@ def test_free_knobs_may_change(tmp_path):
     identity(steps=20, mesh='fsdp=8', prompt='x', log_every=1).claim(tmp_path)
 
 
+def test_a_run_older_than_a_knob_goes_on_where_the_knob_is_at_its_default(tmp_path):
+    identity().claim(tmp_path)
+    file = tmp_path / 'run.json'
+    held = json.loads(file.read_text())
+    del held['knobs']['depth']
+    file.write_text(json.dumps(held))
+    identity().claim(tmp_path)
+    with pytest.raises(UsageError, match=r'--depth=3 \(there: None\)'):
+        identity(depth=3).claim(tmp_path)
+
+
 def test_other_knobs_are_refused_by_name(tmp_path):
     identity().claim(tmp_path)
     with pytest.raises(UsageError) as error:
         identity(depth=3, kind='b', steps=20).claim(tmp_path)
     free = (
         'steps, eval_batch, eval_every, save_every, log_every, keep, monitor, patience, '
-        'steps_per_call, mesh, dcn, offload, workers, data_dir, profile_steps, prompt, length, samples, '
-        'temperature, top_k, top_p, min_p, sample_seed'
+        'steps_per_call, mesh, dcn, offload, workers, data_dir, profile_steps, prompt, length, '
+        'samples, temperature, top_k, top_p, min_p, sample_seed'
     )
     assert str(error.value) == (
         f'--workdir={tmp_path}: holds a run with other knobs: --depth=3 (there: 2), '

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import pytest
 
 from bigjax import experiment as experiments
+from bigjax.mesh import AXES
 from bigjax.metrics import read_metrics
 
 ROOT = Path(__file__).parent.parent
@@ -244,7 +245,7 @@ def test_describe_prints_one_object_and_does_nothing(launch, gpt, tmp_path):
     told = json.loads(done.out)
     assert told['experiment'] == 'gpt_stdlib'
     assert told['parameters'] == sum(told['parameters_by_module'].values())
-    assert told['mesh'] == {'data': 8, 'fsdp': 1, 'tensor': 1}
+    assert told['mesh'] == {**dict.fromkeys(AXES, 1), 'data': 8}
     assert told['tokens_per_step'] == 8 * 16
     assert told['knobs']['width'] == 16
     assert told['flops_per_step'] > 6 * 8 * 16 * told['parameters_by_module']['block_0']

@@ -13,6 +13,7 @@ from bigjax import actions, optimizers, train
 from bigjax.evaluate import Evaluator
 from bigjax.experiment import UsageError
 from bigjax.metrics import read_metrics
+from bigjax.options import Kept
 from bigjax.predict import Predictor
 from bigjax.state import first_state, setup
 
@@ -50,7 +51,7 @@ def evaluated(workdir):
 def test_scores_are_recorded_at_the_end_and_on_demand(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(sys, 'argv', ['launch.py'])
     experiment, identity = with_scores(eval_every=4)
-    assert actions.run('train', experiment, identity, tmp_path, 'latest') == 0
+    assert actions.run('train', experiment, identity, tmp_path) == 0
     records = evaluated(tmp_path)
     assert 'rows' not in records[4]  # Predictions cost more than a loss.
     assert records[8]['rows'] == 37
@@ -61,7 +62,7 @@ def test_scores_are_recorded_at_the_end_and_on_demand(tmp_path, capsys, monkeypa
     assert told.count('test example') == actions.EXAMPLES
     assert f'test example\n{labels[0]} as {labels[0]}\n' in told
     # An earlier checkpoint is scored where it is asked for.
-    actions.run('evaluate', experiment, identity, tmp_path, '4')
+    actions.run('evaluate', experiment, identity, tmp_path, Kept(checkpoint='4'))
     assert 'test after step 4\n' in (told := capsys.readouterr().err)
     assert 'rows 37.0000, right 1.0000' in told
 

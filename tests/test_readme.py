@@ -35,8 +35,13 @@ def test_the_tree_names_every_file():
     folders = (
         'bigjax',
         'bigjax/data',
+        'bigjax/manifest',
         'bigjax/models',
         'bigjax/nn',
+        'bigjax/plan',
+        'bigjax/plan/arithmetic',
+        'bigjax/plan/program',
+        'bigjax/plan/report',
         'bigjax/pretrained',
         'bigjax/recipes',
         'bigjax/scores',

@@ -1,6 +1,8 @@
-"""Mesh and rules: what is split how, and what is refused before anything is compiled."""
+"""Rules and shardings: what is split how, and what is refused before anything is compiled."""
 
+import math
 import re
+import types
 from typing import Any, NamedTuple
 
 import jax
@@ -10,10 +12,11 @@ import pytest
 from jax.sharding import AxisType, PartitionSpec
 
 from bigjax import sharding
-from bigjax.experiment import UsageError
+from bigjax.mesh import mesh_text, parse_mesh
 from bigjax.optimizers import Optim, make_optimizer
+from bigjax.run import UsageError
 
-AUTO = (AxisType.Auto,) * 3
+AUTO = (AxisType.Auto,) * 6
 
 
 class State(NamedTuple):
@@ -24,74 +27,10 @@ class State(NamedTuple):
     opt_state: Any
 
 
-def mesh(data=1, fsdp=1, tensor=1):
-    devices = jax.devices()[: data * fsdp * tensor]
-    return jax.make_mesh((data, fsdp, tensor), sharding.AXES, axis_types=AUTO, devices=devices)
-
-
-# ---- The mesh ----
-
-
-@pytest.mark.parametrize(
-    ('text', 'devices', 'sizes'),
-    [
-        ('data=-1', 8, (8, 1, 1)),
-        ('data=2,fsdp=2,tensor=2', 8, (2, 2, 2)),
-        ('tensor=2,data=4', 8, (4, 1, 2)),
-        ('data=2,fsdp=-1', 8, (2, 4, 1)),
-        ('data=8,fsdp=-1', 8, (8, 1, 1)),
-        ('fsdp=6', 6, (1, 6, 1)),
-        ('', 1, (1, 1, 1)),
-    ],
-)
-def test_mesh_sizes(text, devices, sizes):
-    assert tuple(sharding.parse_mesh(text, devices).values()) == sizes
-    assert tuple(sharding.parse_mesh(text, devices)) == sharding.AXES
-
-
-@pytest.mark.parametrize(
-    ('text', 'message'),
-    [
-        ('data', "'data' is not axis=size with an axis of data, fsdp, tensor and a positive size "
-                 'or -1'),
-        ('model=8', "'model=8' is not axis=size with an axis of data, fsdp, tensor and a positive "
-                    'size or -1'),
-        ('data=0', "'data=0' is not axis=size with an axis of data, fsdp, tensor and a positive "
-                   'size or -1'),
-        ('data=-2', "'data=-2' is not axis=size with an axis of data, fsdp, tensor and a positive "
-                    'size or -1'),
-        ('data=2,data=4', "axis 'data' is given twice"),
-        ('data=-1,fsdp=-1', 'only one axis may be -1'),
-        ('data=3', 'the sizes multiply to 3, which is not the number of devices, 8'),
-        ('data=16', 'the sizes multiply to 16, which is not the number of devices, 8'),
-        ('', 'the sizes multiply to 1, which is not the number of devices, 8'),
-        ('data=-1,tensor=3', 'the sizes multiply to 3, which does not divide the number of '
-                             'devices, 8'),
-        ('data=-1,tensor=16', 'the sizes multiply to 16, which does not divide the number of '
-                              'devices, 8'),
-    ],
-)  # fmt: skip
-def test_mesh_refuses(text, message):
-    with pytest.raises(UsageError) as error:
-        sharding.parse_mesh(text, 8)
-    assert str(error.value) == f'--mesh={text}: {message}; try --mesh=data=-1'
-
-
-def test_every_process_has_batch_rows_of_its_own():
-    assert sharding.parse_mesh('data=2,tensor=4', 8, processes=2)['data'] == 2
-    with pytest.raises(UsageError) as error:
-        sharding.parse_mesh('tensor=8', 8, processes=2)
-    assert str(error.value) == (
-        '--mesh=tensor=8: data * fsdp is 1, which is not a multiple of the 2 processes, each of '
-        'which reads batch rows of its own; try --mesh=data=-1'
-    )
-
-
-def test_mesh_is_over_all_devices_with_auto_axes():
-    made = sharding.make_mesh('data=2,tensor=-1')
-    assert dict(made.shape) == {'data': 2, 'fsdp': 1, 'tensor': 4}
-    assert set(made.devices.flat) == set(jax.devices())
-    assert made.axis_types == AUTO
+def mesh(data=1, fsdp=1, tensor=1, **more):
+    sizes = {'data': data, 'fsdp': fsdp, 'tensor': tensor, **more}
+    devices = jax.devices()[: math.prod(sizes.values())]
+    return sharding.make_mesh(mesh_text(sizes), devices=devices)
 
 
 # ---- One parameter ----
@@ -133,7 +72,7 @@ def test_an_unknown_logical_axis_is_named(axes):
         spec('scale', (4,), ((r'scale$', axes),))
     assert str(error.value) == (
         f"sharding rule 'scale$' gives {axes!r}; it must be a tuple of embed, heads, mlp, vocab, "
-        f"channels, experts and None, or 'largest'"
+        f"channels, experts, layers and None, or 'largest'"
     )
 
 
@@ -157,6 +96,24 @@ def test_the_mesh_that_is_suggested_works():
     )
     good = re.search(r'try --mesh=(\S+)', str(error.value))[1]
     sharding.spec_for('qkv', (8, 6, 2), rules, sharding.make_mesh(good))
+
+
+def test_the_mesh_that_is_suggested_divides_all_parameters():
+    shapes = {'a/q': (10, 6), 'b/q': (8, 4), 'b/up': (12, 8), 'c/experts': (3, 8), 'd': (5, 8)}
+    rules = (
+        (r'q$', ('embed', 'heads')), (r'up$', ('embed', 'mlp')),
+        (r'experts$', ('experts', 'embed')), ('d$', ('layers', None)),
+    )  # fmt: skip
+    at = lambda text, count: types.SimpleNamespace(shape=parse_mesh(text, count))  # noqa: E731
+    with pytest.raises(UsageError) as error:
+        sharding.parameter_specs(shapes, rules, at('stage=2,fsdp=8,expert=2,tensor=4', 128))
+    assert str(error.value) == (
+        '--mesh=stage=2,fsdp=8,expert=2,tensor=4: fsdp=8 does not divide the 10 embed of '
+        "parameter 'a/q'; try --mesh=data=-1,fsdp=2,tensor=2"
+    )
+    specs = sharding.parameter_specs(shapes, rules, at('data=-1,fsdp=2,tensor=2', 128))
+    assert specs['a/q'] == PartitionSpec('fsdp', 'tensor')
+    assert specs['c/experts'] == PartitionSpec('expert', 'fsdp')
 
 
 @pytest.mark.parametrize(
@@ -320,3 +277,20 @@ def test_rows_lie_in_order_over_data_and_fsdp():
     stacked = sharding.batch_sharding(mesh(2, 2, 2), stacked=True)
     placed = sharding.shard_batch({'x': rows[None]}, stacked)['x']
     assert placed.sharding.shard_shape(placed.shape) == (1, 2, 2)
+
+
+# ---- Activations ----
+
+
+@pytest.mark.parametrize(
+    ('names', 'shape', 'expected'),
+    [
+        (('batch', 'sequence', None), (4, 4, 3), (('data', 'fsdp'), ('tensor',), None)),
+        (('batch', 'heads'), (6, 3), (('data',), None)),  # As many axes as divide it.
+        (('batch', 'length'), (1, 4), (None, None)),  # No context on this mesh.
+        ((None, 'stages'), (8, 8), (None, None)),
+    ],
+)
+def test_an_activation_is_split_over_the_axes_that_divide_it(names, shape, expected):
+    spec = sharding.activation_spec(names, shape, mesh(2, 2, 2))
+    assert spec == PartitionSpec(*expected)

@@ -56,7 +56,7 @@ def test_file_keeps_the_rules(name):
         modules = ' '.join(imported(tree))
         assert not re.search(r'\b(optax|orbax|jax\.sharding)\b', modules), modules
         strings = {n.value for n in ast.walk(tree) if isinstance(n, ast.Constant)}
-        assert not strings & {'fsdp', 'tensor'}, 'models do not know the mesh'
+        assert not strings & {'stage', 'fsdp', 'expert', 'tensor'}, 'models do not know the mesh'
 
 
 def test_the_search_for_settings_finds_them():

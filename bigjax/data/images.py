@@ -69,7 +69,8 @@ def open_images(dataset: str, *, data_dir: str, frame: Frame = OWN_SHAPE) -> Ima
     """Returns the images named by `--dataset`.
 
     Args:
-        dataset: 'digits', 'tfds:NAME', 'idx:DIR' or 'images:DIR'.
+        dataset: 'digits', 'tfds:NAME', 'idx:DIR', 'images:DIR', or 'blank:CLASSES' for black
+            ones, 224 pixels wide where nothing else is said.
         data_dir: where prepared data is kept.
         frame: how they are brought to one shape.
 
@@ -80,6 +81,10 @@ def open_images(dataset: str, *, data_dir: str, frame: Frame = OWN_SHAPE) -> Ima
     data_dir, path = os.path.expanduser(data_dir), os.path.expanduser(rest)
     if dataset == 'digits':
         return framed(open_digits(), frame)
+    if prefix == 'blank' and rest:
+        from bigjax.data.blank import blank_images
+
+        return blank_images(rest, side=frame.size, channels=frame.channels)
     if prefix == 'idx' and rest:
         from bigjax.data.idx import open_idx
 

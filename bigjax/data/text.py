@@ -62,7 +62,7 @@ def open_language(
     """Returns a corpus as windows of tokens, preparing it on first use.
 
     Args:
-        dataset: 'stdlib', 'files:GLOB' or 'tfds:NAME'.
+        dataset: 'stdlib', 'files:GLOB', 'tfds:NAME', or 'blank' for zeros, read from nowhere.
         seq: tokens predicted in a window.
         data_dir: where prepared data is kept.
         tokenizer: as for `tokenizer_name`; what is trained is trained on the training text, once.
@@ -74,6 +74,10 @@ def open_language(
     name = tokenizer_name(tokenizer, vocab)
     if seq < 1:
         raise UsageError(f'--seq={seq}: must be at least 1; try --seq=64')
+    if dataset == 'blank':
+        from bigjax.data.blank import blank_language
+
+        return blank_language(seq=seq, tokenizer=tokenizer, vocab=vocab)
     data_dir = os.path.expanduser(data_dir)
     corpus = open_corpus(dataset, data_dir=data_dir)
     folder = prepared(

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from bigjax.nn.activations import gelu_erf
 from bigjax.nn.attention import Implementation, attention, check_heads, split_projections
+from bigjax.nn.constrain import enter, leave
 from bigjax.nn.linear import Dense, embedding_logits
 from bigjax.nn.norm import LayerNorm
 from bigjax.nn.stack import stack, stacked_rules
@@ -91,9 +92,10 @@ class Block(nn.Module):
         """Returns the next x [B, T, C], and None; `layer` is not used (see `bigjax.nn.stack`)."""
         norm = functools.partial(LayerNorm, epsilon=self.epsilon, dtype=self.dtype)
         drop = nn.Dropout(self.dropout, deterministic=not train)
-        h_BTC = SelfAttention(self.heads, self.dtype, self.impl, name='attention')(x_BTC, mask_B11T)
+        attend = SelfAttention(self.heads, self.dtype, self.impl, name='attention')
+        h_BTC = leave(attend(enter(x_BTC), mask_B11T))
         x_BTC = norm(name='attention_norm')(x_BTC + drop(h_BTC))
-        h_BTC = MLP(self.hidden, self.dtype, name='mlp')(x_BTC)
+        h_BTC = leave(MLP(self.hidden, self.dtype, name='mlp')(enter(x_BTC)))
         return norm(name='mlp_norm')(x_BTC + drop(h_BTC)), None
 
 

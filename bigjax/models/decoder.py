@@ -17,6 +17,9 @@ from bigjax.nn.attention import (
     cached_attention,
     empty_layers,
 )
+from bigjax.nn.constrain import constrain, enter, gather_width
+from bigjax.nn.context import laid_out
+from bigjax.nn.linear import embedding_logits
 from bigjax.nn.moe import DENSE, Routing
 from bigjax.strategy import Context, Matmul, Remat
 
@@ -102,7 +105,7 @@ class DecoderLM(nn.Module):
         length = length or self.context_length
         if length > self.context_length:
             raise ValueError(f'{length} positions: the model sees {self.context_length}')
-        shape = (batch, length, self._kv_heads * (self.width // self.heads))
+        shape = (batch, length, self._kv_heads * self._head_dim)
         layers = empty_layers(shape, self.dtype, depth=self.depth, scan=self.scan)
         return Cache(layers, jnp.zeros(batch, jnp.int32))
 
@@ -111,15 +114,23 @@ class DecoderLM(nn.Module):
         """K, of every layer."""
         return self.heads
 
+    @property
+    def _head_dim(self) -> int:
+        """D."""
+        return self.width // self.heads
+
     def _run(self, tokens_BT: jax.Array, cache: Cache | None, train: bool) -> tuple[jax.Array, Any]:
         """Returns the logits, and the layers of the cache; a compact method."""
         raise NotImplementedError
 
 
 def positions(tokens_BT: jax.Array, cache: Cache | None) -> jax.Array:
-    """Returns the positions of tokens [1, T], or [B, T] of those that follow a cache."""
+    """Returns the positions of tokens [1, T], or [B, T] of those that follow a cache.
+
+    Tokens without a cache are in the order of `bigjax.nn.context`.
+    """
     t_1T = jnp.arange(tokens_BT.shape[1])[None]
-    return t_1T if cache is None else cache.length_B[:, None] + t_1T
+    return laid_out(t_1T) if cache is None else cache.length_B[:, None] + t_1T
 
 
 def attend(
@@ -129,6 +140,7 @@ def attend(
     kv: KeyValue | None,
     start_B: jax.Array | None,
     impl: Implementation,
+    context: Context,
 ) -> tuple[jax.Array, KeyValue | None]:
     """Causal attention of new positions to each other and to those in one layer's cache, if any.
 
@@ -136,7 +148,8 @@ def attend(
       The output [B, T, H, D], and the cache with the new keys and values from `start_B` on.
     """
     if kv is None:
-        return attention(q_BTHD, k_BTKD, v_BTKD, causal=True, impl=impl), None
+        o_BTHD = attention(q_BTHD, k_BTKD, v_BTKD, causal=True, impl=impl, context=context)
+        return o_BTHD, None
     assert start_B is not None
     kv = _write(kv[0], k_BTKD, start_B), _write(kv[1], v_BTKD, start_B)
     return cached_attention(q_BTHD, *kv, start_B=start_B, impl=impl), kv
@@ -150,6 +163,8 @@ def _write(cache_BSF: jax.Array, new_BTKD: jax.Array, start_B: jax.Array) -> jax
     return update(cache_BSF, new_BTF, start_B)
 
 
-def embed(embedding_VC: jax.Array, tokens_BT: jax.Array, dtype: Any) -> jax.Array:
-    """Returns the rows [B, T, C] of tokens in the type of the computation."""
-    return jnp.take(embedding_VC, tokens_BT, axis=0).astype(dtype)
+def logits(x_BTC: jax.Array, embedding_VC: jax.Array) -> jax.Array:
+    """Returns float32 logits [B, T, V] of the last layer's output, normalised."""
+    table_VC = gather_width(embedding_VC.astype(x_BTC.dtype))
+    logits_BTV = embedding_logits(enter(x_BTC, 'examples'), table_VC)
+    return constrain(logits_BTV, 'examples', 'length', 'vocab')

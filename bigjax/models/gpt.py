@@ -10,13 +10,16 @@ from typing import Any
 import flax.linen as nn
 import jax
 
-from bigjax.models.decoder import Cache, DecoderLM, attend, embed, positions
+from bigjax.models.decoder import Cache, DecoderLM, attend, logits, positions
 from bigjax.nn.activations import gelu
 from bigjax.nn.attention import Implementation, KeyValue, check_heads, split_projections
-from bigjax.nn.linear import Dense, embedding_logits
+from bigjax.nn.constrain import constrain, enter, leave, look_up
+from bigjax.nn.context import laid_out
+from bigjax.nn.linear import Dense
 from bigjax.nn.moe import DENSE, MoE, Routing
 from bigjax.nn.norm import LayerNorm
 from bigjax.nn.stack import stack, stacked_rules
+from bigjax.strategy import Context, Matmul
 
 # GPT-2's published variants; all have 1,024 positions and 50,257 tokens.
 GPT2_SIZES = {
@@ -41,9 +44,9 @@ GPT3_SIZES = {
 
 _BLOCK_RULES = (
     (r'router_kernel$', ('embed', None)),
-    (r'experts/up/kernel$', ('experts', 'embed', None)),
-    (r'experts/up/bias$', ('experts', None)),
-    (r'experts/down/kernel$', ('experts', None, 'embed')),
+    (r'experts/up/kernel$', ('experts', 'embed', 'mlp')),
+    (r'experts/up/bias$', ('experts', 'mlp')),
+    (r'experts/down/kernel$', ('experts', 'mlp', 'embed')),
     (r'experts/down/bias$', ('experts', 'embed')),
     (r'qkv/kernel$', ('embed', 'heads', None, None)),
     (r'qkv/bias$', ('heads', None, None)),
@@ -71,6 +74,8 @@ class Attention(nn.Module):
       dtype: type of the computation.
       out_init: initializer of the output projection.
       impl: implementation of attention.
+      context: how it sees positions on other devices.
+      matmul: precision of the dense layers.
     """
 
     heads: int
@@ -78,17 +83,21 @@ class Attention(nn.Module):
     dtype: Any
     out_init: nn.initializers.Initializer
     impl: Implementation = 'auto'
+    context: Context = 'ring'
+    matmul: Matmul = 'default'
 
     @nn.compact
     def __call__(
         self, x_BTC: jax.Array, kv: KeyValue | None, start_B: jax.Array | None
     ) -> tuple[jax.Array, KeyValue | None]:
         C, H = x_BTC.shape[-1], self.heads
-        options = {'use_bias': self.bias, 'dtype': self.dtype}
+        options = {'use_bias': self.bias, 'dtype': self.dtype, 'matmul': self.matmul}
         init = nn.initializers.normal(0.02)
         qkv = Dense((H, 3, C // H), kernel_init=init, name='qkv', **options)(x_BTC)
-        q_BTHD, k_BTHD, v_BTHD = split_projections(qkv)
-        o_BTHD, kv = attend(q_BTHD, k_BTHD, v_BTHD, kv, start_B, self.impl)
+        q_BTHD, k_BTHD, v_BTHD = (
+            constrain(x, 'batch', 'length', 'heads', None) for x in split_projections(qkv)
+        )
+        o_BTHD, kv = attend(q_BTHD, k_BTHD, v_BTHD, kv, start_B, self.impl, self.context)
         out = Dense(C, in_dims=2, kernel_init=self.out_init, name='out', **options)
         return out(o_BTHD), kv
 
@@ -100,16 +109,18 @@ class MLP(nn.Module):
       bias: whether the dense layers have biases.
       dtype: type of the computation.
       out_init: initializer of the second layer.
+      matmul: precision of both.
     """
 
     bias: bool
     dtype: Any
     out_init: nn.initializers.Initializer
+    matmul: Matmul = 'default'
 
     @nn.compact
     def __call__(self, x_BTC: jax.Array) -> jax.Array:
         C = x_BTC.shape[-1]
-        options = {'use_bias': self.bias, 'dtype': self.dtype}
+        options = {'use_bias': self.bias, 'dtype': self.dtype, 'matmul': self.matmul}
         up = Dense(4 * C, kernel_init=nn.initializers.normal(0.02), name='up', **options)
         return Dense(C, kernel_init=self.out_init, name='down', **options)(gelu(up(x_BTC)))
 
@@ -125,6 +136,8 @@ class Block(nn.Module):
       out_init: initializer of the projections that write to the residual stream.
       impl: implementation of attention.
       routing: mixture of experts, if any.
+      context: how attention sees positions on other devices.
+      matmul: precision of the dense layers.
     """
 
     heads: int
@@ -134,22 +147,27 @@ class Block(nn.Module):
     out_init: nn.initializers.Initializer
     impl: Implementation = 'auto'
     routing: Routing = DENSE
+    context: Context = 'ring'
+    matmul: Matmul = 'default'
 
     @nn.compact
     def __call__(self, x_BTC, kv, start_B, *, train: bool):
         norm = {'use_bias': self.bias, 'dtype': self.dtype}
         options = {'bias': self.bias, 'dtype': self.dtype, 'out_init': self.out_init}
-        h_BTC = LayerNorm(name='attention_norm', **norm)(x_BTC)
-        attention = Attention(self.heads, impl=self.impl, name='attention', **options)
+        options['matmul'] = self.matmul
+        h_BTC = enter(LayerNorm(name='attention_norm', **norm)(x_BTC))
+        attention = Attention(
+            self.heads, impl=self.impl, context=self.context, name='attention', **options
+        )
         h_BTC, kv = attention(h_BTC, kv, start_B)
-        x_BTC += nn.Dropout(self.dropout)(h_BTC, deterministic=not train)
-        h_BTC = LayerNorm(name='mlp_norm', **norm)(x_BTC)
+        x_BTC += nn.Dropout(self.dropout)(leave(h_BTC), deterministic=not train)
+        h_BTC = enter(LayerNorm(name='mlp_norm', **norm)(x_BTC))
         if self.routing.experts:
             moe = MoE(functools.partial(MLP, **options), self.routing, name='moe')
             h_BTC = moe(h_BTC, drop=kv is None, train=train)
         else:
             h_BTC = MLP(name='mlp', **options)(h_BTC)
-        x_BTC += nn.Dropout(self.dropout)(h_BTC, deterministic=not train)
+        x_BTC += nn.Dropout(self.dropout)(leave(h_BTC), deterministic=not train)
         return x_BTC, kv
 
 
@@ -179,21 +197,22 @@ class GPT(DecoderLM):
         embedding_VC = self.param('embedding', init, (self.vocab_size, self.width))
         position_TC = self.param('position', init, (self.context_length, self.width))
         if cache is None:
-            place_BTC = position_TC[None, : tokens_BT.shape[1]]
+            place_BTC = laid_out(position_TC[None, : tokens_BT.shape[1]])
         else:
             place_BTC = position_TC[positions(tokens_BT, cache)]
-        x_BTC = embed(embedding_VC, tokens_BT, self.dtype) + place_BTC.astype(self.dtype)
+        x_BTC = look_up(embedding_VC, tokens_BT, self.dtype) + place_BTC.astype(self.dtype)
         x_BTC = nn.Dropout(self.dropout, name='drop')(x_BTC, deterministic=not train)
         block = functools.partial(
             Block, self.heads, self.bias, self.dropout, self.dtype, out_init, self.attention_impl,
-            self.routing,
+            self.routing, self.context, self.matmul,
         )  # fmt: skip
         x_BTC, layers = stack(
             block, x_BTC, cache and cache.length_B, layers=cache and cache.layers,
-            depth=self.depth, scan=self.scan, remat=self.remat, train=train,
+            depth=self.depth, scan=self.scan, remat=self.remat, microbatches=self.microbatches,
+            train=train,
         )  # fmt: skip
         x_BTC = LayerNorm(use_bias=self.bias, dtype=self.dtype, name='norm')(x_BTC)
-        return embedding_logits(x_BTC, embedding_VC), layers
+        return logits(x_BTC, embedding_VC), layers
 
 
 def forward_flops(

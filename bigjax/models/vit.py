@@ -21,6 +21,7 @@ import numpy as np
 from bigjax.experiment import UsageError
 from bigjax.nn.activations import gelu_erf
 from bigjax.nn.attention import Implementation, attention, check_heads, split_projections
+from bigjax.nn.constrain import enter, leave
 from bigjax.nn.linear import Dense
 from bigjax.nn.norm import LayerNorm
 from bigjax.nn.stack import stack, stacked_rules
@@ -122,7 +123,8 @@ class Block(nn.Module):
         )
         for name, branch in branches:
             norm = LayerNorm(epsilon=_EPSILON, dtype=self.dtype, name=f'{name}_norm')
-            h_BTC = nn.Dropout(self.dropout, deterministic=not train)(branch(norm(x_BTC)))
+            h_BTC = leave(branch(enter(norm(x_BTC))))
+            h_BTC = nn.Dropout(self.dropout, deterministic=not train)(h_BTC)
             x_BTC += self._drop_path(h_BTC, drop_rate) if train else h_BTC
         return x_BTC, None
 

@@ -4,19 +4,23 @@ Legend: B batch, T queries, S keys and values, H query heads, K key-value heads 
 D size of a head, F = K D features of all key-value heads, L layers, N arrays.
 """
 
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from bigjax.experiment import UsageError
+from bigjax.mesh import mesh_text
+from bigjax.nn.context import CONTEXT, context_size
 from bigjax.nn.implementation import Implementation, named, plain
+from bigjax.run import UsageError
 from bigjax.sharding import BATCH_AXES, LOGICAL_TO_MESH
+from bigjax.strategy import Context
 from pallas_kernels import attention as kernels
 
 KeyValue = tuple[jax.Array, jax.Array]
 
-_on_the_mesh = kernels.shard(batch=BATCH_AXES, heads=LOGICAL_TO_MESH['heads'])
+_on_the_mesh = functools.partial(kernels.shard, batch=BATCH_AXES, heads=LOGICAL_TO_MESH['heads'])
 
 
 def attention(
@@ -25,9 +29,12 @@ def attention(
     v_BSKD: jax.Array,
     *,
     impl: Implementation = 'auto',
+    context: Context | None = None,
     **features: Any,
 ) -> jax.Array:
     """Scaled dot-product attention `softmax(q k^T * scale) v` (Vaswani et al. 2017, eq. 1).
+
+    On a mesh that splits positions, the arrays are in the order of `bigjax.nn.context`.
 
     Args:
       q_BTHD: queries.
@@ -35,16 +42,28 @@ def attention(
       v_BSKD: values.
       impl: an implementation of `pallas_kernels.attention`; 'auto' takes the kernel of the chip
         that is there, if it runs these arguments, else 'xla'.
+      context: how queries meet the keys that other devices hold: 'ring' hands these round the
+        devices (Liu et al. 2023), 'gather' brings all to each; None if positions stay whole.
       features: `causal`, `mask`, `window` and so on; see `pallas_kernels.attention.attention`.
 
     Returns:
       [B, T, H, D] in q's type, and zero (with no gradient) for a query that sees no key.
 
     Raises:
-      UsageError: the implementation named cannot run these arguments.
+      UsageError: the implementation named cannot run these arguments, or the mesh splits positions
+        and `context` is None.
       ValueError: arguments do not fit.
     """
-    call = kernels.attention if plain(impl) else _on_the_mesh
+    if context_size() > 1:
+        if context is None:
+            mesh = mesh_text(jax.sharding.get_abstract_mesh().shape)
+            raise UsageError(
+                f'--mesh={mesh}: only decoder-only models split positions over {CONTEXT}; '
+                f'try --mesh=data=-1'
+            )
+        call = _on_the_mesh(context=CONTEXT, layout='zigzag', exchange=context)
+    else:
+        call = kernels.attention if plain(impl) else _on_the_mesh()
     return named(call, impl, 'attention')(q_BTHD, k_BSKD, v_BSKD, **features)
 
 

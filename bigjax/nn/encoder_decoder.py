@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from bigjax.nn.activations import gelu_erf
 from bigjax.nn.attention import Implementation, attention, cached_attention, split_projections
+from bigjax.nn.constrain import enter, leave
 from bigjax.nn.linear import Dense
 from bigjax.nn.norm import LayerNorm
 from bigjax.nn.stack import stack
@@ -147,10 +148,10 @@ class Block(nn.Module):
             """The residual sum of a branch, normalized before or after."""
             norm = LayerNorm(dtype=self.dtype, name=f'{name}_norm')
             if self.norm == 'pre':
-                h_NTC, kept = branch(norm(x_NTC))
-                return x_NTC + drop(h_NTC), kept
-            h_NTC, kept = branch(x_NTC)
-            return norm(x_NTC + drop(h_NTC)), kept
+                h_NTC, kept = branch(enter(norm(x_NTC)))
+                return x_NTC + drop(leave(h_NTC)), kept
+            h_NTC, kept = branch(enter(x_NTC))
+            return norm(x_NTC + drop(leave(h_NTC))), kept
 
         attend = SelfAttention(self.heads, self.decodes, self.dtype, self.impl, name='attention')
         mask = None if self.decodes else real_BS[:, None, None]

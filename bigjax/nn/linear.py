@@ -11,6 +11,10 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from bigjax.nn.rows import rows
+from bigjax.strategy import Matmul
 
 
 class Dense(nn.Module):
@@ -19,7 +23,8 @@ class Dense(nn.Module):
     The kernel keeps one dimension per input and output dimension, `(*x.shape[-in_dims:],
     *features)`, so that a sharding rule can name each of them (heads, say). The product itself is
     taken on flattened matrices, because XLA's CPU backend has a slow gradient for dense layers on
-    three-dimensional input; accelerators compile both forms to the same matrix product.
+    three-dimensional input; accelerators compile both forms to the same matrix product. On a mesh
+    the leading dimensions stay, see `bigjax.nn.rows`.
 
     Input [..., *inputs], float or int; output [..., *features] in `dtype`; parameters in
     `param_dtype`.
@@ -32,6 +37,7 @@ class Dense(nn.Module):
       param_dtype: type of the parameters.
       kernel_init: initializer, called with the flattened shape (inputs, outputs).
       bias_init: initializer of the bias.
+      matmul: precision of the product: 'default' is `dtype`; see `bigjax.nn.quantized`.
     """
 
     features: int | tuple[int, ...]
@@ -41,6 +47,7 @@ class Dense(nn.Module):
     param_dtype: Any = jnp.float32
     kernel_init: Callable[..., jax.Array] = nn.initializers.lecun_normal()
     bias_init: Callable[..., jax.Array] = nn.initializers.zeros_init()
+    matmul: Matmul = 'default'
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -58,10 +65,20 @@ class Dense(nn.Module):
         if self.use_bias:
             bias = self.param('bias', self.bias_init, features, self.param_dtype)
         x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
-        y_NO = x.reshape(-1, flat[0]) @ kernel.reshape(flat)
+        x = x.reshape(*rows(lead), flat[0])
+        y = self._product(x, kernel.reshape(flat))
         if bias is not None:
-            y_NO += bias.reshape(1, flat[1])
-        return y_NO.reshape(*lead, *features)
+            y += bias.reshape(*(1,) * (y.ndim - 1), flat[1])
+        # The name is for `bigjax.nn.remat`.
+        return checkpoint_name(y.reshape(*lead, *features), self.name or 'dense')
+
+    def _product(self, x: jax.Array, w_IO: jax.Array) -> jax.Array:
+        if self.matmul == 'default':
+            return x @ w_IO
+        # Not above: its library is slow to import, and few runs need it.
+        from bigjax.nn.quantized import quantized_matmul
+
+        return quantized_matmul(x, w_IO, self.matmul)
 
 
 def embedding_logits(
@@ -71,12 +88,13 @@ def embedding_logits(
 
     The product is taken in the type of `x`, and on matrices, as in `Dense`; then comes the bias.
     """
-    logits_NV = jax.lax.dot_general(
-        x.reshape(-1, x.shape[-1]),
+    merged = x.reshape(*rows(x.shape[:-1]), x.shape[-1])
+    logits = jax.lax.dot_general(
+        merged,
         embedding_VC.astype(x.dtype),
-        (((1,), (1,)), ((), ())),
+        (((merged.ndim - 1,), (1,)), ((), ())),
         preferred_element_type=jnp.float32,
     )
     if bias_V is not None:
-        logits_NV += bias_V[None]
-    return logits_NV.reshape(*x.shape[:-1], embedding_VC.shape[0])
+        logits += bias_V.reshape(*(1,) * (logits.ndim - 1), -1)
+    return logits.reshape(*x.shape[:-1], embedding_VC.shape[0])

@@ -1,5 +1,8 @@
 """Mixture of experts: every token goes to the few experts that a router picks for it.
 
+On a mesh that splits experts, tokens travel to the devices of theirs and back, by one all-to-all
+each way (GShard, Lepikhin et al. 2020). Which goes where does not depend on the mesh.
+
 Legend: B rows, T tokens of a row, C width, E experts, K experts of a token, P = T * K places asked
 for, S slots of an expert.
 """
@@ -12,8 +15,11 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from bigjax.experiment import UsageError
+from bigjax.nn.constrain import constrain
+from bigjax.nn.context import context_size, sequence_order
+from bigjax.run import UsageError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +91,9 @@ class Routes(NamedTuple):
     kept_BTK: jax.Array
 
 
-def route(expert_BTK: jax.Array, *, experts: int, slots: int) -> Routes:
+def route(
+    expert_BTK: jax.Array, *, experts: int, slots: int, order_T: np.ndarray | None = None
+) -> Routes:
     """Gives every token a slot at each expert it asks for, as far as slots go.
 
     Rows are routed each by itself, so that a row's result depends on no other row and no device
@@ -97,7 +105,17 @@ def route(expert_BTK: jax.Array, *, experts: int, slots: int) -> Routes:
       expert_BTK: int32, K different experts for each token.
       experts: E.
       slots: S, slots of an expert in each row.
+      order_T: the position that lies at each of the T places, where they are not in order.
     """
+    if order_T is not None:
+        place_T = np.argsort(order_T)
+        routes = route(expert_BTK[:, place_T], experts=experts, slots=slots)
+        return routes._replace(
+            source_BES=jnp.asarray(place_T, jnp.int32)[routes.source_BES],
+            slot_BTK=routes.slot_BTK[:, order_T],
+            expert_BTK=expert_BTK,
+            kept_BTK=routes.kept_BTK[:, order_T],
+        )
     B, T, K = expert_BTK.shape
     expert_BP = expert_BTK.reshape(B, T * K)
     order_BP = jnp.argsort(expert_BP, axis=1, stable=True)
@@ -147,16 +165,24 @@ class MoE(nn.Module):
         )
         logits_BTE = jnp.einsum('btc,ce->bte', x_BTC.astype(jnp.float32), router_CE)
         probability_BTE = jax.nn.softmax(logits_BTE, axis=-1)
-        weight_BTK, expert_BTK = jax.lax.top_k(probability_BTE, routing.experts_per_token)
+        # Not top_k, which XLA's CPU backend does not split over a mesh.
+        order_BTE = jnp.argsort(probability_BTE, axis=-1, descending=True)
+        expert_BTK = order_BTE[..., : routing.experts_per_token]
+        weight_BTK = jnp.take_along_axis(probability_BTE, expert_BTK, axis=-1)
         if routing.experts_per_token > 1:
             weight_BTK /= weight_BTK.sum(-1, keepdims=True)
         slots = routing.capacity(T) if drop else T
-        routes = route(expert_BTK, experts=routing.experts, slots=slots)
+        # Every device of a row has the whole row's choices: small numbers.
+        routes = route(
+            constrain(expert_BTK, 'batch', None, None),
+            experts=routing.experts,
+            slots=slots,
+            order_T=sequence_order(T) if drop else None,
+        )
         if train:
             self._sow(routes, logits_BTE, probability_BTE)
 
-        in_BESC = jax.vmap(lambda x_TC, source_ES: x_TC[source_ES])(x_BTC, routes.source_BES)
-        in_BESC *= routes.filled_BES[..., None]
+        in_BESC = _exchange(_dispatched(x_BTC, routes), sent=True)
         each = nn.vmap(
             lambda expert, x_BSC: expert(x_BSC),
             variable_axes={True: 0},
@@ -165,12 +191,9 @@ class MoE(nn.Module):
             out_axes=1,
             axis_size=routing.experts,
         )
-        out_BESC = each(self.make_expert(name='experts'), in_BESC)
-        slot_BTK = jnp.minimum(routes.slot_BTK, slots - 1)
-        fetch = jax.vmap(lambda out_ESC, expert_TK, slot_TK: out_ESC[expert_TK, slot_TK])
-        out_BTKC = fetch(out_BESC, expert_BTK, slot_BTK)
+        out_BESC = _exchange(each(self.make_expert(name='experts'), in_BESC), sent=False)
         weight_BTK = jnp.where(routes.kept_BTK, weight_BTK, 0).astype(x_BTC.dtype)
-        return jnp.einsum('btkc,btk->btc', out_BTKC, weight_BTK)
+        return jnp.einsum('btkc,btk->btc', _fetched(out_BESC, routes, slots), weight_BTK)
 
     def _sow(self, routes: Routes, logits_BTE: jax.Array, probability_BTE: jax.Array) -> None:
         experts, (B, T, K) = self.routing.experts, routes.expert_BTK.shape
@@ -192,6 +215,37 @@ class MoE(nn.Module):
         for collection, values in collections.items():
             for name, value in values.items():
                 self.sow(collection, name, value)
+
+
+def _dispatched(x_BTC: jax.Array, routes: Routes) -> jax.Array:
+    """Returns the tokens in the slots of all experts [B, E, S, C], zeros in empty ones.
+
+    Devices that share positions share slots, of which empty ones are added until all have as many.
+    """
+    x_BTC = constrain(x_BTC, 'batch', None, None)
+    more = ((0, 0), (0, 0), (0, -routes.filled_BES.shape[2] % context_size()))
+    place = ('batch', None, 'length')
+    source_BES = constrain(jnp.pad(routes.source_BES, more), *place)
+    filled_BES = constrain(jnp.pad(routes.filled_BES, more), *place)
+    in_BESC = jax.vmap(lambda x_TC, source_ES: x_TC[source_ES])(x_BTC, source_BES)
+    return in_BESC * filled_BES[..., None]
+
+
+def _exchange(x_BESC: jax.Array, *, sent: bool) -> jax.Array:
+    """Moves slots from the devices of their rows to those of their experts, or back."""
+    ways = ('batch', None, 'length', None), ('expert_rows', 'experts', 'length', None)
+    for names in ways if sent else reversed(ways):
+        x_BESC = constrain(x_BESC, *names)
+    return x_BESC
+
+
+def _fetched(out_BESC: jax.Array, routes: Routes, slots: int) -> jax.Array:
+    """Returns the outputs of its experts for every token [B, T, K, C]; of a dropped one, any."""
+    out_BESC = constrain(out_BESC, 'batch', None, None, None)
+    expert_BTK = constrain(routes.expert_BTK, 'batch', 'length', None)
+    slot_BTK = constrain(jnp.minimum(routes.slot_BTK, slots - 1), 'batch', 'length', None)
+    fetch = jax.vmap(lambda out_ESC, expert_TK, slot_TK: out_ESC[expert_TK, slot_TK])
+    return constrain(fetch(out_BESC, expert_BTK, slot_BTK), 'batch', 'length', None, None)
 
 
 def sown(variables: dict[str, Any]) -> tuple[jax.Array, dict[str, tuple[jax.Array, jax.Array]]]:

@@ -1,6 +1,7 @@
 """LayerNorm and RMSNorm over the last dimension, with gradients written out.
 
-Legend: N rows (all leading dimensions flattened), C channels, 1 a reduced dimension.
+Legend: N rows (all leading dimensions flattened, or those that there are: see `bigjax.nn.rows`),
+C channels, 1 a reduced dimension.
 """
 
 import functools
@@ -10,6 +11,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from bigjax.nn.rows import rows
+
 Gradients = tuple[jax.Array, jax.Array, jax.Array | None]
 
 
@@ -17,8 +20,8 @@ def _moments(x_NC: jax.Array, centre: bool, epsilon: float) -> tuple[jax.Array, 
     """Centred input and reciprocal root of its second moment, at least in float32."""
     x_NC = x_NC.astype(jnp.promote_types(x_NC.dtype, jnp.float32))
     if centre:
-        x_NC = x_NC - x_NC.mean(1, keepdims=True)
-    return x_NC, jax.lax.rsqrt(jnp.mean(x_NC * x_NC, 1, keepdims=True) + epsilon)
+        x_NC = x_NC - x_NC.mean(-1, keepdims=True)
+    return x_NC, jax.lax.rsqrt(jnp.mean(x_NC * x_NC, -1, keepdims=True) + epsilon)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
@@ -26,9 +29,9 @@ def _normalize(
     x_NC: jax.Array, scale_C: jax.Array, bias_C: jax.Array | None, centre: bool, epsilon: float
 ) -> jax.Array:
     centred_NC, rstd_N1 = _moments(x_NC, centre, epsilon)
-    y_NC = centred_NC * rstd_N1 * scale_C[None]
+    y_NC = centred_NC * rstd_N1 * _each(scale_C, x_NC)
     if bias_C is not None:
-        y_NC += bias_C[None]
+        y_NC += _each(bias_C, x_NC)
     return y_NC
 
 
@@ -41,18 +44,28 @@ def _normalize_bwd(centre: bool, epsilon: float, residuals, g_NC: jax.Array) -> 
     x_NC, scale_C, bias_C = residuals
     centred_NC, rstd_N1 = _moments(x_NC, centre, epsilon)
     unit_NC = centred_NC * rstd_N1
-    d_unit_NC = g_NC * scale_C[None]
+    d_unit_NC = g_NC * _each(scale_C, x_NC)
     # The input's scale and mean have no effect, so the gradient loses its component along the
     # normalised row and, where the mean is taken off, its own mean.
-    d_NC = d_unit_NC - unit_NC * jnp.mean(d_unit_NC * unit_NC, 1, keepdims=True)
+    d_NC = d_unit_NC - unit_NC * jnp.mean(d_unit_NC * unit_NC, -1, keepdims=True)
     if centre:
-        d_NC -= d_unit_NC.mean(1, keepdims=True)
-    d_scale_C = jnp.sum(g_NC * unit_NC, 0).astype(scale_C.dtype)
-    d_bias_C = None if bias_C is None else g_NC.sum(0).astype(bias_C.dtype)
+        d_NC -= d_unit_NC.mean(-1, keepdims=True)
+    every = tuple(range(x_NC.ndim - 1))
+    d_scale_C = jnp.sum(g_NC * unit_NC, every).astype(scale_C.dtype)
+    d_bias_C = None if bias_C is None else g_NC.sum(every).astype(bias_C.dtype)
     return (d_NC * rstd_N1).astype(x_NC.dtype), d_scale_C, d_bias_C
 
 
 _normalize.defvjp(_normalize_fwd, _normalize_bwd)
+
+
+def _each(x_C: jax.Array, like_NC: jax.Array) -> jax.Array:
+    """Returns a value a channel with as many dimensions as rows have."""
+    return x_C.reshape(*(1,) * (like_NC.ndim - 1), -1)
+
+
+def _rows(x: jax.Array) -> jax.Array:
+    return x.reshape(*rows(x.shape[:-1]), x.shape[-1])
 
 
 def layer_norm(
@@ -63,7 +76,7 @@ def layer_norm(
     `x` [..., C] of any float type; `scale_C` and `bias_C` [C]. The statistics are taken in
     float32 (float64 for such input) and the result has that type, in the shape of `x`.
     """
-    return _normalize(x.reshape(-1, x.shape[-1]), scale_C, bias_C, True, epsilon).reshape(x.shape)
+    return _normalize(_rows(x), scale_C, bias_C, True, epsilon).reshape(x.shape)
 
 
 def rms_norm(x: jax.Array, scale_C: jax.Array, *, epsilon: float = 1e-6) -> jax.Array:
@@ -72,7 +85,7 @@ def rms_norm(x: jax.Array, scale_C: jax.Array, *, epsilon: float = 1e-6) -> jax.
     `x` [..., C] of any float type; `scale_C` [C]. The mean square is taken in float32 (float64 for
     such input) and the result has that type, in the shape of `x`.
     """
-    return _normalize(x.reshape(-1, x.shape[-1]), scale_C, None, False, epsilon).reshape(x.shape)
+    return _normalize(_rows(x), scale_C, None, False, epsilon).reshape(x.shape)
 
 
 class LayerNorm(nn.Module):

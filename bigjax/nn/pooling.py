@@ -14,6 +14,8 @@ import numpy as np
 from flax import linen as nn
 from jax import lax
 
+from pallas_kernels.chip import accelerator
+
 Pads = tuple[tuple[int, int], tuple[int, int]]
 Padding = str | Pads
 _IMPLS = (None, 'xla', 'blocks', 'taps')
@@ -49,7 +51,7 @@ def max_pool(
             "impl='blocks' needs window and strides (2, 2), no padding and even sizes; "
             f"got {window}, {strides}, {padding!r}, {x_BHWC.shape}; use impl='xla'"
         )
-    if impl is None and jax.default_backend() == 'cpu':
+    if impl is None and accelerator() is None:
         impl = 'blocks' if blocks else 'taps'
     if impl == 'blocks':
         return _max_pool_2x2(x_BHWC)

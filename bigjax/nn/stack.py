@@ -3,23 +3,22 @@
 Legend: L layers.
 """
 
+import functools
 import re
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from bigjax.nn import remat as policies
+from bigjax.nn.pipeline import pipeline, schedule, stages
+from bigjax.run import UsageError
 from bigjax.strategy import Remat
 
-# What the forward pass keeps for the gradient; 'full' keeps the blocks' inputs alone. Our Dense
-# multiplies matrices, so 'dots_no_batch' keeps its outputs but not the scores of attention.
-_POLICIES = {
-    'full': None,
-    'dots': jax.checkpoint_policies.dots_saveable,
-    'dots_no_batch': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-}
+# What may be sown in a pipeline, and what is made of the values of its microbatches.
+_SOWN = {'losses': jnp.mean, 'metrics': jnp.sum}
 
 
 def stack(
@@ -30,6 +29,7 @@ def stack(
     layers: Any = None,
     scan: bool = False,
     remat: Remat = 'none',
+    microbatches: int = 0,
     train: bool = False,
     name: str = 'block',
 ) -> tuple[Any, Any]:
@@ -43,31 +43,51 @@ def stack(
     default because XLA's CPU backend is slow inside loops; a deep model on an accelerator compiles
     faster scanned.
 
+    On a mesh with several stages the scanned layers are split over these, and run as a pipeline
+    (see `bigjax.nn.pipeline`), where the layers have no outputs; else, as in decoding with a cache,
+    one after the other. What they sow in 'losses' is then the mean over microbatches, in 'metrics'
+    the sum; nothing else may be sown.
+
     Args:
       make_block: called with `name`, makes a block: a module class, or a `functools.partial` of it.
       x: what is handed from block to block, arrays of equal shapes and types before and after.
-      *shared: what every block sees besides.
+      *shared: what every block sees besides: arrays with the rows of `x` in front, or with one.
       depth: L, number of blocks.
       layers: what layer i alone sees: unrolled, `layers[i]`; scanned, arrays [L, …] are split. None
         shows each None.
       scan: whether to scan.
-      remat: 'none' keeps what a gradient needs; 'full' keeps the inputs of the blocks and computes
-        the rest again; 'dots' keeps the results of all matrix products; 'dots_no_batch' of those
-        without a batch dimension, the dense layers (Chen et al. 2016, arXiv:1604.06174).
+      remat: what is kept for the gradient, see `bigjax.nn.remat`.
+      microbatches: parts that the rows go through a pipeline in; 0 is one a stage. Where they do
+        not divide the rows, evaluation takes fewer.
       train: given to the blocks as it is.
       name: of the children; scanned, an 's' is added.
 
     Returns:
       The last `x`, and the outputs of all layers: unrolled, a tuple; scanned, arrays [L, …].
+
+    Raises:
+      UsageError: several stages, and layers that are not scanned or cannot be split over them.
     """
+    if stages() > 1 and not scan:
+        raise UsageError(
+            f'--scan=False: the {stages()} stages of the mesh need layers that are scanned; '
+            f'try --scan'
+        )
+    blocks = make_block(name=f'{name}s') if scan else None
+    if blocks and stages() > 1 and not blocks.is_initializing():
+        staged = _Staged(blocks, make_block(parent=None), train)
+        if not staged.give_outputs(x, layers, *shared):
+            return staged(
+                x, layers, *shared, depth=depth, remat=remat, microbatches=microbatches
+            ), None
 
     def call(block: nn.Module, x: Any, layer: Any, *shared: Any) -> tuple[Any, Any]:
-        return block(x, layer, *shared, train=train)
+        return block(policies.name_input(x), layer, *shared, train=train)
 
     if remat != 'none':
         # A loop's body is compiled by itself, where nothing can undo the recomputation.
-        call = nn.remat(call, policy=_POLICIES[remat], prevent_cse=not scan)
-    if scan:
+        call = nn.remat(call, policy=policies.policy(remat), prevent_cse=not scan)
+    if blocks:
         call = nn.scan(
             call,
             variable_axes={True: 0},
@@ -75,7 +95,7 @@ def stack(
             in_axes=(0, *(nn.broadcast for _ in shared)),
             length=depth,
         )
-        return call(make_block(name=f'{name}s'), x, layers, *shared)
+        return call(blocks, x, layers, *shared)
     outputs = []
     for i in range(depth):
         layer = None if layers is None else layers[i]
@@ -84,17 +104,82 @@ def stack(
     return x, tuple(outputs)
 
 
+class _Staged(NamedTuple):
+    """Scanned blocks, of which every stage of the mesh computes its own.
+
+    Attributes:
+      blocks: their module, where the variables of all layers and the random keys are.
+      block: the same module by itself.
+      train: given to it.
+    """
+
+    blocks: nn.Module
+    block: nn.Module
+    train: bool
+
+    def __call__(
+        self, x: Any, layers: Any, *shared: Any, depth: int, remat: Remat, microbatches: int
+    ) -> Any:
+        """Returns the last `x`."""
+        rows = jax.tree.leaves(x)[0].shape[0]
+        x, (_, made) = pipeline(
+            functools.partial(self._layer, self._keys()),
+            (self.blocks.variables, layers),
+            x,
+            *shared,
+            schedule=schedule(depth, rows, microbatches, exact=self.train),
+            policy=policies.policy(remat, stages=True),
+        )
+        for collection, values in made.items():
+            total = functools.partial(_SOWN[collection], axis=1)
+            for name, value in values.items():
+                self.blocks.put_variable(collection, name, jax.tree.map(total, value))
+        return x
+
+    def give_outputs(self, x: Any, layers: Any, *shared: Any) -> bool:
+        """Returns whether the blocks have outputs of their own."""
+
+        def output(own: Any, x: Any, *shared: Any) -> Any:
+            own = jax.tree.map(lambda x: x[0], own)
+            return self._layer(self._keys(), own, 0, 0, x, *shared)[1][0]
+
+        return bool(
+            jax.tree.leaves(jax.eval_shape(output, (self.blocks.variables, layers), x, *shared))
+        )
+
+    def _keys(self) -> dict[str, jax.Array]:
+        assert self.blocks.scope is not None
+        return {name: self.blocks.make_rng(name) for name in self.blocks.scope.rngs}
+
+    def _layer(
+        self, keys: dict[str, jax.Array], own: Any, i: Any, m: Any, x: Any, *shared: Any
+    ) -> tuple[Any, Any]:
+        """Calls the block with what layer i has, for microbatch m."""
+        fold = jax.random.fold_in
+        (variables, layer), x = own, policies.name_input(x)
+        (x, output), made = self.block.apply(
+            variables,
+            x,
+            layer,
+            *shared,
+            train=self.train,
+            rngs={name: fold(fold(key, i), m) for name, key in keys.items()},
+            mutable=[name for name in _SOWN if self.blocks.is_mutable_collection(name)],
+        )
+        return x, (output, made)
+
+
 def stacked_rules(rules: Sequence[tuple[str, Any]]) -> tuple[tuple[str, Any], ...]:
     """Returns sharding rules that cover a model's parameters in both forms of `stack`.
 
     What lies below a child named `…blocks` has the axes of the same parameter of one block after
-    an axis of layers, which is never split: every device needs every layer.
+    the axis of layers, which stages split.
 
     Args:
       rules: ordered (regex without '^', logical axis per dimension or 'largest') for single blocks.
     """
     below = [
-        (f'blocks(?=/).*(?:{pattern})', axes if isinstance(axes, str) else (None, *axes))
+        (f'blocks(?=/).*(?:{pattern})', axes if isinstance(axes, str) else ('layers', *axes))
         for pattern, axes in rules
     ]
     return (*below, *rules)

@@ -118,6 +118,8 @@ class ClosedForm:
       predicted_seconds: the roofline over what its generation is known to reach.
       efficiency: that known share, and where it is from.
       hbm_bytes: read and written.
+      bounds: seconds of each thing that can bound a step, were it alone; the roofline is the most.
+      notes: what a reader must know, such as where the efficiency is from and what is not counted.
     """
 
     model_flops: float
@@ -129,3 +131,5 @@ class ClosedForm:
     predicted_seconds: float
     efficiency: float
     hbm_bytes: float = 0.0
+    bounds: dict[str, float] = dataclasses.field(default_factory=dict)
+    notes: tuple[str, ...] = ()

@@ -47,7 +47,7 @@ def hugging_face(model: Llama) -> Layout:
         config={
             **DEFAULTS,
             'architectures': ['LlamaForCausalLM'],
-            'head_dim': model.width // model.heads,
+            'head_dim': model.head_dim or model.width // model.heads,
             'hidden_size': model.width,
             'intermediate_size': model.hidden,
             'max_position_embeddings': model.context_length,
@@ -96,6 +96,8 @@ def arguments(config: Mapping[str, Any]) -> dict[str, Any]:
         'theta': 'rope_theta',
     }
     knobs = {knob: config[key] for knob, key in names.items()}
+    if config['head_dim'] * knobs['heads'] != knobs['width']:
+        knobs['head_dim'] = config['head_dim']
     return {**knobs, 'factor': (config['rope_scaling'] or {}).get('factor', 1.0)}
 
 

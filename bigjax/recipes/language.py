@@ -19,7 +19,7 @@ class Text:
     """What a language model reads.
 
     Attributes:
-      dataset: stdlib, files:GLOB or tfds:NAME
+      dataset: stdlib, files:GLOB, tfds:NAME, or blank (zeros, to measure speed)
       tokenizer: bytes, or a byte-level BPE trained on the data
       vocab: rows of the model's embedding; the BPE is trained to have as many tokens
       seq: tokens of context
@@ -93,6 +93,7 @@ def language_model(
         run=run,
         sample=sample,
         tokenizer=data.tokenizer,
+        model=None if lora and lora.rank else model,
         **more,
     )
     return with_lora(experiment, lora) if lora else experiment

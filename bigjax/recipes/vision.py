@@ -38,7 +38,7 @@ class Images:
     """Which images, and what is done to them.
 
     Attributes:
-      dataset: digits, tfds:NAME, idx:DIR or images:DIR
+      dataset: digits, tfds:NAME, idx:DIR, images:DIR, or blank:CLASSES (to measure speed)
       image_size: side that images are resized to; 0 keeps their own
       channels: 1 makes images grey and 3 coloured; 0 keeps what they have
       num_classes: classes that the model tells apart; 0 takes the data's

@@ -7,6 +7,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from bigjax import losses
+from bigjax.nn.constrain import constrain
+from bigjax.nn.context import laid_out
 from bigjax.nn.moe import sown
 from bigjax.task import Decoder, Task
 
@@ -38,7 +40,7 @@ def causal_lm(
         return dict(model.init(key, jnp.zeros((1, length), jnp.int32), train=False))
 
     def loss(params, extra, batch, key, train):
-        tokens_BT, targets_BT = batch['tokens'][:, :-1], batch['tokens'][:, 1:]
+        tokens_BT, targets_BT = _placed(batch['tokens'][:, :-1]), _placed(batch['tokens'][:, 1:])
         logits_BTV, updated = model.apply(
             {'params': params, **extra},
             jnp.maximum(tokens_BT, 0),
@@ -61,6 +63,14 @@ def causal_lm(
         return nats / jnp.maximum(weight, 1.0) + sown_loss, (extra, metrics)
 
     return Task(init, loss, 'tokens', length, 3 * forward_flops, decoder=decoder)
+
+
+def _placed(tokens_BT: jax.Array) -> jax.Array:
+    """Returns tokens or targets in the order in which positions lie on the mesh.
+
+    The loss is a sum over positions, and has none.
+    """
+    return constrain(laid_out(tokens_BT), 'batch', 'length')
 
 
 def cached_decoder(model: Any, max_length: int, tokens: int | None = None) -> Decoder:

@@ -5,11 +5,18 @@ import jax
 from pallas_kernels.attention.arguments import Window, check_arguments
 from pallas_kernels.attention.choice import Implementation, chosen, implementation
 from pallas_kernels.attention.decode import decode_attention
-from pallas_kernels.attention.differentiable import attend
+from pallas_kernels.attention.differentiable import RESIDUALS, attend
 from pallas_kernels.attention.sharded import shard
 from pallas_kernels.block_sizes import BlockSizes
 
-__all__ = ['Implementation', 'attention', 'decode_attention', 'implementation', 'shard']
+__all__ = [
+    'RESIDUALS',
+    'Implementation',
+    'attention',
+    'decode_attention',
+    'implementation',
+    'shard',
+]
 
 
 def attention(

@@ -11,11 +11,15 @@ from types import ModuleType
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
 
 from pallas_kernels.attention import reference
 from pallas_kernels.attention.arguments import Operands, Spec
 from pallas_kernels.block_sizes import BlockSizes
+
+# Names of o and lse for a policy of `jax.checkpoint`: where both are kept, a kernel runs once.
+RESIDUALS = ('attention_output', 'attention_lse')
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 2, 3, 4))
@@ -45,7 +49,7 @@ def _attend_fwd(impl, operands, spec, block_sizes, with_lse):
     # What the backward pass must know statically is told by the structure of the residuals.
     bias_varies = () if bias is not None and bias.perturbed else None
     operands = jax.tree.map(lambda x: x.value, operands, is_leaf=lambda x: hasattr(x, 'perturbed'))
-    made = _forward(impl, spec, block_sizes, operands)
+    made = named_residuals(_forward(impl, spec, block_sizes, operands))
     o_BTHV, lse_BHT, _ = made
     return (o_BTHV, lse_BHT if with_lse else None), (operands, made, bias_varies)
 
@@ -71,6 +75,11 @@ def _attend_bwd(impl, spec, block_sizes, with_lse, residuals, cotangents):
 
 
 attend.defvjp(_attend_fwd, _attend_bwd, symbolic_zeros=True)
+
+
+def named_residuals(made: tuple) -> tuple:
+    """Returns what a forward pass made, output and lse under the names `RESIDUALS`."""
+    return *(checkpoint_name(x, name) for x, name in zip(made, RESIDUALS, strict=False)), *made[2:]
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))

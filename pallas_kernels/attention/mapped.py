@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.arrays import accumulator
 from pallas_kernels.attention.arguments import Gradients, Operands, Spec
+from pallas_kernels.attention.gathered import Gathered
 from pallas_kernels.attention.partition import Axes, Partition, partition
 from pallas_kernels.attention.ring import Ring
 from pallas_kernels.block_sizes import BlockSizes
@@ -109,7 +110,8 @@ class Sharded:
             spec = dataclasses.replace(spec, shift=spec.shift * jax.lax.axis_size(axis))
         if jax.lax.axis_size(axis) == 1:
             return self.impl, operands, spec
-        return Ring(self.impl, axis, self.axes.layout), operands, spec
+        around = {'ring': Ring, 'gather': Gathered}[self.axes.exchange]
+        return around(self.impl, axis, self.axes.layout), operands, spec
 
     def _start(self, parts: Partition, operands: Operands) -> jax.Array:
         """Returns the global indices of this device's first batch row and head, and zeros."""

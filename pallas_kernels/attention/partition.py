@@ -5,6 +5,7 @@ Legend: B batch, T queries, S keys and values, H query heads, K key-value heads.
 
 import dataclasses
 import math
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -14,21 +15,28 @@ from pallas_kernels.attention.arguments import Operands
 from pallas_kernels.attention.layouts import LAYOUTS, Layout
 from pallas_kernels.mesh import Names, check_axes, check_once, manual, names, part
 
+Exchange = Literal['ring', 'gather']
+
 
 @dataclasses.dataclass(frozen=True)
 class Axes:
     """Names of the mesh axes over which rows, heads and positions are split.
 
     Raises:
-      ValueError: an unknown layout, or an axis that is named twice.
+      ValueError: an unknown layout or exchange, or an axis that is named twice.
     """
 
     batch: Names
     heads: Names
     context: Names  # one or none
     layout: Layout
+    exchange: Exchange = 'ring'
 
     def __post_init__(self):
+        if self.exchange not in get_args(Exchange):
+            raise ValueError(
+                f"exchange={self.exchange!r}: must be 'ring' or 'gather'; try exchange='ring'"
+            )
         if self.layout not in LAYOUTS:
             known = ' or '.join(map(repr, LAYOUTS))
             raise ValueError(f"layout={self.layout!r}: must be {known}; try layout='zigzag'")

@@ -1,8 +1,9 @@
 """Attention on arrays that are split over a mesh, by `jax.shard_map` around any implementation.
 
 The compiler does not partition a kernel, so the call is cut here: rows over batch axes, heads over
-head axes, and positions over a context axis, around which the keys then travel (`ring.py`). Who
-sees whom, and what is dropped, is decided by global indices and does not depend on the mesh.
+head axes, and positions over a context axis, around which the keys then travel (`ring.py`) or over
+which they are gathered (`gathered.py`). Who sees whom, and what is dropped, is decided by global
+indices and does not depend on the mesh.
 
 Legend: B batch, T queries, S keys and values, H query heads, K key-value heads, D size of a query
 and key head, V size of a value head.
@@ -18,10 +19,10 @@ from jax.custom_derivatives import SymbolicZero
 
 from pallas_kernels.attention.arguments import Operands, Spec, check_arguments
 from pallas_kernels.attention.choice import Implementation, chosen
-from pallas_kernels.attention.differentiable import attend
+from pallas_kernels.attention.differentiable import attend, named_residuals
 from pallas_kernels.attention.layouts import Layout
 from pallas_kernels.attention.mapped import Sharded
-from pallas_kernels.attention.partition import Axes, partition
+from pallas_kernels.attention.partition import Axes, Exchange, partition
 from pallas_kernels.block_sizes import BlockSizes
 from pallas_kernels.mesh import Names, manual, names, reshard
 
@@ -32,6 +33,7 @@ def shard(
     heads: str | Names = (),
     context: str | None = None,
     layout: Layout = 'contiguous',
+    exchange: Exchange = 'ring',
 ) -> Callable[..., jax.Array | tuple[jax.Array, jax.Array]]:
     """Returns `attention` for arrays that are split over the mesh that is set when it is called.
 
@@ -44,14 +46,16 @@ def shard(
       batch: mesh axes that split the batch; one of fewer rows than that is computed by all.
       heads: mesh axes that split the query heads, and the key-value heads where they divide these,
         else every device holds all key-value heads and uses its own.
-      context: mesh axis that splits queries and keys, over which a ring runs.
+      context: mesh axis that splits queries and keys.
       layout: order of positions on the context axis: 'contiguous', or 'zigzag', which balances
         causal masks; the arrays are then in the order that `layouts.zigzag` gives.
+      exchange: how queries meet the keys of other devices: 'ring' hands these round, beside the
+        arithmetic; 'gather' brings all of them to every device, at once.
 
     Raises:
       ValueError: an axis is not in the mesh or named twice, or a dimension does not divide.
     """
-    axes = Axes(names(batch), names(heads), names(context), layout)
+    axes = Axes(names(batch), names(heads), names(context), layout, exchange)
 
     def attention(
         q_BTHD: jax.Array,
@@ -113,7 +117,7 @@ def _attend_once_fwd(impl, operands, spec, block_sizes):
     bias = operands.bias_BHTS
     bias_varies = () if bias is not None and bias.perturbed else None
     operands = jax.tree.map(lambda x: x.value, operands, is_leaf=lambda x: hasattr(x, 'perturbed'))
-    o_BTHV, lse_BHT = impl.forward(operands, spec, block_sizes)
+    o_BTHV, lse_BHT = named_residuals(impl.forward(operands, spec, block_sizes))
     return (o_BTHV, lse_BHT), (operands, o_BTHV, lse_BHT, bias_varies)
 
 

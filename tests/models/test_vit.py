@@ -46,7 +46,7 @@ def test_every_parameter_has_a_rule_of_its_rank(scan):
     params = shapes_of(ViT(classes=10, scan=scan, **TINY), (8, 8, 3))['params']
     assert 'class_token' in params
     for name, _, axes in check_rules(params, RULES):
-        assert axes[0] is None or 'blocks' not in name, name
+        assert axes[0] == 'layers' or 'blocks' not in name, name
 
 
 @pytest.mark.parametrize('pool', ['token', 'mean'])

@@ -4,9 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import PartitionSpec
 
 from bigjax.experiment import UsageError
+from bigjax.mesh import make_mesh
 from bigjax.nn.conv import Conv, Conv1d, conv, conv1d, conv_flops
 
 
@@ -101,9 +102,7 @@ def test_flops_count_two_per_multiply_add():
 def test_a_kernel_on_a_mesh_is_the_convolution_of_one_device():
     x, w = _images((4, 6, 6, 8)), _images((3, 3, 8, 8), 1)
     want = conv(x, w, impl='reference')
-    axes = (AxisType.Auto,) * 3
-    mesh = jax.make_mesh((2, 1, 2), ('data', 'fsdp', 'tensor'), axes, devices=jax.devices()[:4])
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(make_mesh('data=2,tensor=2', devices=jax.devices()[:4])):
         got = jax.jit(lambda x, w: conv(x, w, impl='tpu'))(x, w)
     np.testing.assert_allclose(got, want, atol=1e-4)
     assert got.sharding.spec == PartitionSpec('data', None, None, 'tensor')

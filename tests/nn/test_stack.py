@@ -130,9 +130,9 @@ def test_rules_cover_stacked_parameters_with_an_axis_before():
     mesh = sharding.make_mesh('fsdp=4,tensor=2')
     for path, shape, spec in [
         ('block_1/up/kernel', (8, 8), ('fsdp', 'tensor')),
-        ('blocks/up/kernel', (3, 8, 8), (None, 'fsdp', 'tensor')),
-        ('encoder/blocks/norm/scale', (3, 8), (None, 'fsdp')),
-        ('blocks/up/bias', (3, 8), (None, 'fsdp')),
+        ('blocks/up/kernel', (3, 8, 8), ('stage', 'fsdp', 'tensor')),
+        ('encoder/blocks/norm/scale', (3, 8), ('stage', 'fsdp')),
+        ('blocks/up/bias', (3, 8), ('stage', 'fsdp')),
         ('norm/bias', (8,), ('fsdp',)),
     ]:
         assert sharding.spec_for(path, shape, rules, mesh) == PartitionSpec(*spec)

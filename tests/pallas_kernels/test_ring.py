@@ -1,11 +1,15 @@
-"""Ring attention is the attention of one device, in every layout, and shares out the work."""
+"""Attention over a context axis, by a ring or by gathering, is that of one device, shared out."""
+
+import collections
+import math
+import re
 
 import ahead_of_time
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from pallas_kernels.attention import attention
@@ -88,17 +92,19 @@ def everything(S=T):
 
 
 @pytest.mark.parametrize(
-    ('impl', 'layout', 'S', 'band'),
+    ('exchange', 'impl', 'layout', 'S', 'band'),
     [
-        ('xla', 'zigzag', T, {'causal': True}),
-        ('xla', 'contiguous', 2 * T, {'causal': True, 'window': (11, None)}),
-        ('reference', 'zigzag', 2 * T, {'window': (6, 3)}),
+        ('ring', 'xla', 'zigzag', T, {'causal': True}),
+        ('ring', 'xla', 'contiguous', 2 * T, {'causal': True, 'window': (11, None)}),
+        ('ring', 'reference', 'zigzag', 2 * T, {'window': (6, 3)}),
+        ('gather', 'xla', 'zigzag', T, {'causal': True}),
+        ('gather', 'reference', 'contiguous', 2 * T, {'causal': True, 'window': (11, None)}),
     ],
 )
-def test_everything_equals_one_device(impl, layout, S, band):
+def test_everything_equals_one_device(exchange, impl, layout, S, band):
     arrays, (varied, rest) = qkv(S), everything(S)
     want = value_and_grads(attention, arrays, varied, **rest, **band, impl='xla')
-    ring = shard(batch='data', context='context', layout=layout)
+    ring = shard(batch='data', context='context', layout=layout, exchange=exchange)
     ring = zigzagged(ring) if layout == 'zigzag' else ring
     with jax.set_mesh(make_mesh(data=2, context=N)):
         got = value_and_grads(ring, arrays, varied, **rest, **band, impl=impl)
@@ -150,11 +156,12 @@ def test_bfloat16_is_as_good_as_without_a_ring():
     assert error(ring) <= 2 * one + 1e-3
 
 
-def test_within_shard_map_with_checked_types():
+@pytest.mark.parametrize('exchange', ['ring', 'gather'])
+def test_within_shard_map_with_checked_types(exchange):
     # The mask and the bias keep the columns of all keys; what is shared gets the sum.
     arrays, varied = qkv(), {'sinks': draw(5, H), 'bias': draw(4, 1, 1, T, T)}
     want = value_and_grads(attention, arrays, varied, causal=True, impl='xla')
-    ring = shard(context='context', layout='zigzag')
+    ring = shard(context='context', layout='zigzag', exchange=exchange)
     row = P(None, 'context')
 
     def mapped(q, k, v, *, sinks, bias, return_lse):
@@ -200,11 +207,12 @@ def test_vmap():
         assert_equal(run(zigzagged(shard(context='context', layout='zigzag'))), want)
 
 
-def test_tpu_kernels_interpreted():
+@pytest.mark.parametrize('exchange', ['ring', pytest.param('gather', marks=pytest.mark.slow)])
+def test_tpu_kernels_interpreted(exchange):
     arrays, varied = qkv(), {'sinks': draw(5, H)}
     rest = {'segment_ids': everything()[1]['segment_ids'], 'causal': True}
     want = value_and_grads(attention, arrays, varied, **rest, impl='xla')
-    ring = zigzagged(shard(context='context', layout='zigzag'), 2)
+    ring = zigzagged(shard(context='context', layout='zigzag', exchange=exchange), 2)
     with jax.set_mesh(make_mesh(context=2)):
         got = value_and_grads(ring, arrays, varied, **rest, impl='tpu')
     assert_equal(got, want)
@@ -270,6 +278,27 @@ def test_zigzag_and_back():
     assert str(caught.value) == (
         'x.shape[1]=12: must be a multiple of 8, two chunks for each of 4 devices; try 16'
     )
+
+
+def test_gathering_sends_each_key_once_to_a_device_and_each_gradient_once():
+    operation = shard(context='context', layout='zigzag', exchange='gather')
+    loss = lambda x: operation(*x, causal=True, impl='xla').sum()  # noqa: E731
+    placed = NamedSharding(make_mesh(context=N), P(None, 'context'))
+    arrays = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placed) for x in qkv()]
+    with jax.set_mesh(placed.mesh):
+        text = jax.jit(jax.grad(loss)).lower(arrays).compile().as_text()
+    found = collections.Counter(
+        (kind, math.prod(map(int, shape.split(','))))
+        for shape, kind in re.findall(r'= f32\[([\d,]+)\]\S* (all-\w+|reduce-scatter)\(', text)
+    )
+    # Keys and values, once for each pass; the gradients of both.
+    assert found == {('all-gather', B * T * K * D): 4, ('reduce-scatter', B * T // N * K * D): 2}
+
+
+def test_unknown_exchange():
+    with pytest.raises(ValueError, match='try exchange=') as caught:
+        shard(context='context', exchange='all')
+    assert str(caught.value) == "exchange='all': must be 'ring' or 'gather'; try exchange='ring'"
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ from safetensors.numpy import load_file, save_file
 from bigjax import actions, experiment, state
 from bigjax.checkpoint import Checkpoints
 from bigjax.identity import identity
+from bigjax.options import Kept
 from bigjax.pretrained.layout import Layout, batch_norm, linear
 from bigjax.pretrained.pretrained import Pretrained
 from bigjax.run import UsageError
@@ -79,22 +80,31 @@ def test_what_the_file_lacks_is_drawn_as_without_it(file):
 def test_import_then_export_gives_the_same_file(file, tmp_path, capsys):
     made, name = build(file)
     workdir, target = tmp_path / 'run', tmp_path / 'out'
-    assert actions.run('import', made, name, workdir, 'latest') == 0
+    assert actions.run('import', made, name, workdir) == 0
     assert Checkpoints(workdir, keep=1).steps() == [0]
     file.unlink()  # From here on the checkpoint has it all.
-    assert actions.run('export', made, name, workdir, 'latest', str(target)) == 0
+    assert actions.run('export', made, name, workdir, Kept(export_dir=str(target))) == 0
     assert sorted(p.name for p in target.iterdir()) == ['config.json', 'model.safetensors']
     again, other = build(target / 'model.safetensors', seed=1)
-    assert actions.run('import', again, other, tmp_path / 'run2', 'latest') == 0
-    assert actions.run('export', again, other, tmp_path / 'run2', '0', str(tmp_path / 'out2')) == 0
+    assert actions.run('import', again, other, tmp_path / 'run2') == 0
+    assert (
+        actions.run(
+            'export',
+            again,
+            other,
+            tmp_path / 'run2',
+            Kept(checkpoint='0', export_dir=str(tmp_path / 'out2')),
+        )
+        == 0
+    )
     for each in ('config.json', 'model.safetensors'):
         assert (target / each).read_bytes() == (tmp_path / 'out2' / each).read_bytes()
     assert json.loads((target / 'config.json').read_text()) == {'model_type': 'toy'}
     assert re.search(r'\d+ tensors, [\d.]+ KiB, in ', capsys.readouterr().err)
     # Training and evaluation go on from it.
-    assert actions.run('train', made, name, workdir, 'latest') == 0
+    assert actions.run('train', made, name, workdir) == 0
     assert max(Checkpoints(workdir, keep=1).steps()) == 1
-    assert actions.run('evaluate', made, name, workdir, 'latest') == 0
+    assert actions.run('evaluate', made, name, workdir) == 0
 
 
 def refused(message, action, made, name, *args):
@@ -105,30 +115,30 @@ def refused(message, action, made, name, *args):
 def test_what_cannot_be_imported_or_exported_is_refused(file, tmp_path):
     made, name = build(file)
     none = dataclasses.replace(made, pretrained=None)
-    run, latest = tmp_path / 'run', 'latest'
+    run = tmp_path / 'run'
     refused(
         '--action=import: no weights of another library fit toy; try --action=train',
-        'import', none, name, run, latest,
+        'import', none, name, run,
     )  # fmt: skip
     refused(
         '--pretrained=: is empty; name the folder or .safetensors file to import, such as '
-        '--pretrained=model.safetensors', 'import', build()[0], name, run, latest,
+        '--pretrained=model.safetensors', 'import', build()[0], name, run,
     )  # fmt: skip
     refused(
         '--action=export: toy has no form in another library; its checkpoints are in its workdir',
-        'export', none, name, run, latest, 'x',
+        'export', none, name, run, Kept(export_dir='x'),
     )  # fmt: skip
     refused(
         '--export_dir=: is empty; name a new folder: --export_dir=exported',
-        'export', made, name, run, latest, None,
+        'export', made, name, run,
     )  # fmt: skip
     refused(
         f'--export_dir={tmp_path}: is there already and not an empty folder; name a new one',
-        'export', made, name, run, latest, str(tmp_path),
+        'export', made, name, run, Kept(export_dir=str(tmp_path)),
     )  # fmt: skip
     refused(
         '--max_shard_size=5: must be a whole number with KB, MB or GB; try --max_shard_size=5GB',
-        'export', made, name, run, latest, 'new', '5',
+        'export', made, name, run, Kept(export_dir='new', max_shard_size='5'),
     )  # fmt: skip
     assert not (run / 'run.json').exists(), 'nothing refused claims a workdir'
 
@@ -137,17 +147,17 @@ def test_weights_that_do_not_fit_leave_the_workdir_to_the_next_try(file, tmp_pat
     save_file({**load_file(file), 'a.weight': np.zeros((4, 16), np.float32)}, file)
     made, name = build(file)
     with pytest.raises(UsageError, match=r'a\.weight'):
-        actions.run('train', made, name, tmp_path / 'run', 'latest')
+        actions.run('train', made, name, tmp_path / 'run')
     assert not (tmp_path / 'run').exists()
 
 
 def test_a_second_import_into_a_run_is_refused(file, tmp_path):
     made, name = build(file)
     run = tmp_path / 'run'
-    actions.run('import', made, name, run, 'latest')
+    actions.run('import', made, name, run)
     refused(
         f'--workdir={run}: holds checkpoint 0 already; name another folder',
-        'import', made, name, run, 'latest',
+        'import', made, name, run,
     )  # fmt: skip
 
 

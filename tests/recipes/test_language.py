@@ -113,7 +113,7 @@ def test_the_router_learns(params):
 
 
 def test_experts_on_a_mesh_give_the_same_loss(params):
-    mesh = sharding.make_mesh('data=2,fsdp=2,tensor=2')
+    mesh = sharding.make_mesh('expert=2,fsdp=2,tensor=2')
     run = jax.jit(lambda p, batch: task().loss(p, {}, batch, jax.random.key(0), True)[0])
     want = run(params, BATCH)
 
@@ -123,7 +123,7 @@ def test_experts_on_a_mesh_give_the_same_loss(params):
 
     placed = jax.tree_util.tree_map_with_path(place, params)
     kernel_LECM = placed['blocks']['moe']['experts']['up']['kernel']
-    assert kernel_LECM.sharding.shard_shape(kernel_LECM.shape) == (2, 2, 4, 32)
+    assert kernel_LECM.sharding.shard_shape(kernel_LECM.shape) == (2, 2, 4, 16)
     batch = sharding.shard_batch(BATCH, sharding.batch_sharding(mesh))
     with jax.set_mesh(mesh):
         assert run(placed, batch) == pytest.approx(float(want), rel=1e-5)

@@ -1,0 +1,121 @@
+"""Where activations lie on the mesh: what a model says of their dimensions, by logical names.
+
+Legend: B batch, T positions, C width, V vocabulary.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from bigjax.sharding import activation_spec
+
+
+def constrain(x: jax.Array, *names: str | None) -> jax.Array:
+    """Returns `x` split over the mesh that is set as the names of its dimensions say.
+
+    The compiler places everything else by what is said here and in the rules for parameters; the
+    values do not change. It is the identity where no mesh is set, where all axes are 1, and in a
+    `jax.shard_map` over all of them. An axis that does not divide its dimension is left out, so
+    that a few rows can be decoded on any mesh.
+
+    Args:
+      x: any array.
+      *names: per dimension a name of `bigjax.sharding.ACTIVATIONS`, or None for one that every
+        device holds whole: 'batch', 'sequence' (positions, between blocks), 'length' (positions,
+        within a block), 'heads', 'mlp', 'vocab', 'embed', 'experts', 'stages' and so on.
+
+    Raises:
+      ValueError: not one name per dimension, or an unknown one.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    spec = activation_spec(names, x.shape, mesh)
+    return jax.lax.with_sharding_constraint(x, spec) if _large(mesh) else x
+
+
+def _large(mesh: Any) -> bool:
+    """Returns whether the compiler has anything to place."""
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    return any(mesh.shape[a] > 1 for a, kind in kinds if kind == jax.sharding.AxisType.Auto)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _both_ways(x: jax.Array, there: tuple[str | None, ...], back: tuple[str | None, ...]):
+    return constrain(x, *there)
+
+
+_both_ways.defvjp(
+    lambda x, there, back: (constrain(x, *there), None),
+    lambda there, back, _, dx: (constrain(dx, *back),),
+)
+
+
+def enter(x_BTC: jax.Array, rows: str = 'batch') -> jax.Array:
+    """Returns the normalised residual stream with all positions, for attention or an MLP to read.
+
+    Between blocks positions are split over the axes that split heads within them. So what a norm
+    gives is gathered here, and its gradient, a sum over these axes, scattered: g of Korthikanti et
+    al. 2022 (arXiv:2205.05198, §4.2.2). `rows` is the name of B.
+    """
+    if not _mesh_is_large():
+        return x_BTC
+    return _both_ways(x_BTC, (rows, 'length', None), (rows, 'sequence', None))
+
+
+def leave(x_BTC: jax.Array) -> jax.Array:
+    """Returns what attention or an MLP adds to the residual stream, each device its positions.
+
+    It is a sum over the axes that split heads and hidden layer, which is scattered; its gradient is
+    gathered: the conjugate of `enter`.
+    """
+    if not _mesh_is_large():
+        return x_BTC
+    return _both_ways(x_BTC, ('batch', 'sequence', None), ('batch', 'length', None))
+
+
+def _mesh_is_large() -> bool:
+    return _large(jax.sharding.get_abstract_mesh())
+
+
+def gather_width(table_VC: jax.Array) -> jax.Array:
+    """Returns an embedding that each device holds for its rows at their whole width.
+
+    It is gathered in the type that it has here; its gradient is scattered.
+    """
+    return constrain(constrain(table_VC, 'vocab', 'embed'), 'vocab', None)
+
+
+def look_up(embedding_VC: jax.Array, tokens_BT: jax.Array, dtype: Any) -> jax.Array:
+    """Returns the rows [B, T, C] of tokens in `dtype`, placed as between blocks.
+
+    The gradient sums in the table's type. On a mesh the table is gathered along C in `dtype` and
+    stays split along V, so that each device adds up only rows of its own.
+    """
+    if not _mesh_is_large():
+        return jnp.take(embedding_VC, tokens_BT, axis=0).astype(dtype)
+    return _rows(embedding_VC, tokens_BT, jnp.dtype(dtype))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _rows(embedding_VC: jax.Array, tokens_BT: jax.Array, dtype: Any) -> jax.Array:
+    table_VC = gather_width(embedding_VC.astype(dtype))
+    x_BTC = jnp.take(table_VC, constrain(tokens_BT, 'batch', 'length'), axis=0)
+    return constrain(constrain(x_BTC, 'batch', 'length', None), 'batch', 'sequence', None)
+
+
+def _rows_fwd(embedding_VC: jax.Array, tokens_BT: jax.Array, dtype: Any):
+    empty = jnp.zeros((embedding_VC.shape[0], 0), embedding_VC.dtype)  # Tells size and type.
+    return _rows(embedding_VC, tokens_BT, dtype), (empty, tokens_BT)
+
+
+def _rows_bwd(dtype: Any, residuals: Any, dx_BTC: jax.Array):
+    empty, tokens_BT = residuals
+    dx_BTC = constrain(dx_BTC, 'batch', 'length', None).astype(empty.dtype)
+    zeros_VC = jnp.zeros((empty.shape[0], dx_BTC.shape[-1]), empty.dtype)
+    tokens_BT = constrain(tokens_BT, 'batch', 'length')
+    sums_VC = constrain(zeros_VC, 'vocab', None).at[tokens_BT].add(dx_BTC)
+    return constrain(constrain(sums_VC, 'vocab', None), 'vocab', 'embed'), None
+
+
+_rows.defvjp(_rows_fwd, _rows_bwd)

@@ -1,0 +1,202 @@
+"""What devices send each other in a decoder's training step, by arithmetic.
+
+Bytes are those one device sends: see `bigjax.plan.records`. Every exchange is of one mesh axis, or
+of several at once where the same numbers are summed over all of them.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterable
+
+from bigjax.plan.arithmetic.closed_flops import recomputed
+from bigjax.plan.arithmetic.shape import (
+    CONTEXT,
+    DATA,
+    EXPERT,
+    FSDP,
+    STAGE,
+    TENSOR,
+    Shape,
+    Step,
+    parameter_bytes,
+)
+from bigjax.plan.records import Collective
+from bigjax.plan.topology import Topology
+from bigjax.sharding import AXES
+
+GATHER, SCATTER, REDUCE = 'all-gather', 'reduce-scatter', 'all-reduce'
+SWAP, PASS = 'all-to-all', 'collective-permute'
+# What libtpu 0.0.52 does with gradients that are split afterwards: it scatters them among 16
+# devices, but among 256 and 512 it sums them whole, which takes twice the bytes.
+MOST_SCATTERED = 64
+SHARE = {GATHER: 1, SCATTER: 1, REDUCE: 2, SWAP: 1}
+
+
+def rings(size: int, topology: Topology) -> int:
+    """Returns the sides of a torus that a group of devices spreads over, at least one.
+
+    Taken to be the fewest whose lengths multiply to the group's size.
+    """
+    sides, found = sorted(topology.shape, reverse=True), 1
+    reached = sides[0] * topology.hardware.devices_per_chip
+    for side in sides[1:]:
+        if reached >= size:
+            break
+        reached *= side
+        found += 1
+    return found
+
+
+def bandwidth(kind: str, size: int, network: str, topology: Topology) -> float:
+    """Returns the bytes per second that one device sends with to a group of `size`."""
+    hardware = topology.hardware
+    if network == 'dcn':
+        return hardware.dcn_bytes_per_s
+    if kind == PASS or not hardware.dimensions:
+        return hardware.ici_bytes_per_s
+    return hardware.ring_bytes_per_s * rings(size, topology)
+
+
+def _exchange(
+    step: Step, kind: str, axes: tuple[str, ...], whole: float, count: float, what: str
+) -> list[Collective]:
+    """Executions over some axes of exchanges of `whole` bytes each, those of size 1 left out.
+
+    An axis that crosses slices does so first where it reduces: parts meet within a slice before
+    they cross, so that the slow network has only their shards to carry.
+    """
+    axes = tuple(axis for axis in AXES if axis in axes and step.size(axis) > 1)
+    if not axes or not count or not whole:
+        return []
+    size = step.size(*axes)
+    far = math.prod(step.dcn.get(axis, 1) for axis in axes)
+    if not step.topology.hardware.dimensions:
+        far = _hosts(step, axes)
+    if kind == PASS:
+        network = 'dcn' if far > 1 else 'ici'
+        seconds = whole / bandwidth(kind, size, network, step.topology)
+        return [Collective(kind, axes, whole * count, count, network, seconds * count,
+                           seconds * count, what)]  # fmt: skip
+    parts = [('ici', size // far, whole), ('dcn', far, whole / (size // far))]
+    found = []
+    for network, members, amount in parts:
+        if members > 1:
+            sent = SHARE[kind] * (members - 1) / members * amount * count
+            seconds = sent / bandwidth(kind, members, network, step.topology)
+            found += [Collective(kind, axes, sent, count, network, seconds, seconds, what)]
+    return found
+
+
+def _hosts(step: Step, axes: tuple[str, ...]) -> int:
+    """Over how many hosts of GPUs a group goes: the innermost axes of a mesh share a host."""
+    inner = math.prod(step.size(axis) for axis in AXES[AXES.index(axes[-1]) + 1 :])
+    within = max(1, min(step.size(*axes), step.topology.shape[0] // inner))
+    return step.size(*axes) // within
+
+
+def _visits(shape: Shape, step: Step) -> float:
+    """How often a device computes a layer in a step, for one microbatch of a pipeline at a time."""
+    layers = shape.layers / step.stages
+    return layers * step.parts * step.bubble(shape.layers) * step.accumulate
+
+
+def _parameters(shape: Shape, step: Step) -> Iterable[Collective]:
+    """FSDP: parameters gathered for either pass, gradients spread; all others: gradients summed.
+
+    Embedding and output are used once in either pass, with nothing between that would make a
+    device forget them, so they are gathered once; their gradients are float32.
+    """
+    gathered = spread = count = 0.0
+    summed = {True: 0.0, False: 0.0}
+    again = recomputed(shape, step.saved)
+    for weight in shape.weights():
+        times = _visits(shape, step) if weight.layered else step.accumulate
+        split = 'embed' in weight.axes
+        item = 4 if len(weight.sizes) == 1 or not weight.layered else step.item
+        used = 4 if len(weight.sizes) == 1 else step.item
+        # What a group along the FSDP axis holds together.
+        numbers = weight.elements / step.shards(tuple(a for a in weight.axes if a != 'embed'))
+        if split:
+            # Projections lie a whole block apart from their gradients, and are gathered anew.
+            apart = weight.makes == 'qkv' and 'qkv' in again
+            gathered += used * numbers * times * (1 + weight.layered + apart)
+            spread += item * numbers * times * (1 + (weight.name == 'embedding' and shape.tied))
+            count += times
+        layers = shape.layers / step.stages if weight.layered else 1
+        mixed = 'experts' in weight.axes
+        summed[mixed] += numbers * layers * 4 / (step.size(FSDP) if split else 1)
+    if count:
+        yield from _exchange(step, GATHER, (FSDP,), gathered / count, count, 'parameters')
+        kind = SCATTER if step.size(FSDP) <= MOST_SCATTERED else REDUCE
+        yield from _exchange(step, kind, (FSDP,), spread / count, count, 'gradients')
+    # An expert's gradient is of all rows that came to it; of all else, every row has its part.
+    yield from _exchange(step, REDUCE, (DATA, CONTEXT), summed[True], 1, 'gradients')
+    yield from _exchange(step, REDUCE, (DATA, EXPERT, CONTEXT), summed[False], 1, 'gradients')
+
+
+def _tensor(shape: Shape, step: Step) -> Iterable[Collective]:
+    """Sequence-parallel norms: the stream gathered before, and spread after, a half of a block.
+
+    Korthikanti et al. 2022, §4.2.2. Backward as often, the other way round; where blocks compute
+    again, what was gathered is gathered again for the gradients of the matrices, and what attention
+    adds is spread again, if it was not kept.
+    """
+    again = recomputed(shape, step.saved)
+    stream = step.tokens / step.parts * shape.width * step.item
+    visits = _visits(shape, step)
+    gathers = (4 if step.saved is None else 6) * visits
+    scatters = (4 + ('out' in again)) * visits
+    # And before the output layer and behind the embedding, each with a gradient; that of float32
+    # logits is float32.
+    ends = step.parts * step.accumulate
+    wide = (1 + 4 / step.item) * ends
+    yield from _exchange(step, GATHER, (TENSOR,), stream, gathers + 2 * ends, 'activations')
+    yield from _exchange(step, SCATTER, (TENSOR,), stream, scatters + wide, 'activations')
+
+
+def _context(shape: Shape, step: Step) -> Iterable[Collective]:
+    """Keys and values of other devices: handed round, or gathered; their gradients are float32."""
+    visits, n = _visits(shape, step), step.size(CONTEXT)
+    heads = shape.kv_heads / min(step.size(TENSOR), shape.kv_heads)
+    numbers = step.tokens / step.parts * 2 * heads * shape.head_dim
+    forward = 1 + ('context' in recomputed(shape, step.saved))
+    if step.context == 'gather':
+        whole = numbers * n
+        yield from _exchange(
+            step, GATHER, (CONTEXT,), whole * step.item, (forward + 1) * visits, 'keys'
+        )
+        yield from _exchange(step, SCATTER, (CONTEXT,), whole * 4, visits, 'keys')
+        return
+    # Backward they go one place further than they need, so that sending is ahead of computing.
+    keys = (forward * (n - 1) + n) * visits
+    yield from _exchange(step, PASS, (CONTEXT,), numbers * step.item, keys, 'keys')
+    yield from _exchange(step, PASS, (CONTEXT,), numbers * 4, n * visits, 'gradients')
+
+
+def _experts(shape: Shape, step: Step) -> Iterable[Collective]:
+    """Tokens to their experts and back; both ways again for the gradient, and to compute again."""
+    routing = shape.routing
+    if not routing.experts:
+        return
+    slots = routing.experts * routing.capacity(step.length) / step.length
+    whole = step.tokens / step.parts * slots * shape.width * step.item
+    swaps = (4 if step.saved is None else 6) * _visits(shape, step)
+    yield from _exchange(step, SWAP, (EXPERT,), whole, swaps, 'tokens')
+
+
+def _pipeline(shape: Shape, step: Step) -> Iterable[Collective]:
+    """Every microbatch handed to the next stage, and its gradient back; layers to their stages."""
+    stream = step.tokens / step.parts * shape.width * step.item / step.size(TENSOR)
+    rounds = step.rounds(shape.layers)
+    count = 2 * (step.parts * rounds + step.stages - 1) * step.accumulate
+    yield from _exchange(step, PASS, (STAGE,), stream, count, 'activations')
+    if rounds > 1:
+        layered = dataclasses.replace(shape, vocab=0, positions=0)
+        held = parameter_bytes(layered, step)
+        yield from _exchange(step, SWAP, (STAGE,), held, 2 * step.accumulate, 'parameters')
+
+
+def collectives(shape: Shape, step: Step) -> tuple[Collective, ...]:
+    """Returns every exchange of a step, nothing of it hidden behind computation."""
+    parts = (_parameters, _tensor, _context, _experts, _pipeline)
+    return tuple(found for part in parts for found in part(shape, step))

@@ -1,0 +1,72 @@
+"""`--action=plan`: from an experiment and the name of a machine to fit, speed, time and price.
+
+Nothing is allocated and no data is read. The program is compiled in a child process, so nothing
+else sees a TPU; without libtpu, and for GPUs, arithmetic alone speaks, and says so.
+"""
+
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from bigjax import experiment as experiments
+from bigjax.plan.assess import assess
+from bigjax.plan.options import PlanOptions
+from bigjax.plan.report.page import write_page
+from bigjax.plan.report.terminal import show
+from bigjax.plan.search import search
+from bigjax.plan.summary import summary
+from bigjax.plan.topology import parse
+from bigjax.plan.ways_out import ways_out
+
+
+def plan(
+    name: str, values: Mapping[str, Any], options: PlanOptions, folder: Path
+) -> dict[str, Any]:
+    """Returns the plan of a run as a JSON object.
+
+    Args:
+      name: of a file in experiments/.
+      values: its knobs; those at their defaults may be left out.
+      options: the machine, the budget, and how far to go.
+      folder: where compiled programs are kept, so that nothing is compiled twice.
+
+    Raises:
+      UsageError: the machine does not exist, or the experiment does not fit it.
+    """
+    topology = parse(options.topology)
+    given = changed(name, values)
+    kept = folder / 'compiled'
+    found = assess(name, given, topology, options, kept)
+    result = summary(name, found, options)
+    if not found.fits:
+        tried, note = ways_out(name, found, options, kept)
+        result['ways_out'] = tried
+        result['notes'] = [note, *result['notes']] if note else result['notes']
+    if options.search:
+        result['search'] = search(name, given, found, options, kept)
+    return result
+
+
+def changed(name: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the knobs that are not at their defaults."""
+    known = experiments.knobs(experiments.find(name))
+    return {k: v for k, v in values.items() if k not in known or v != known[k].default}
+
+
+def run(name: str, values: Mapping[str, Any], options: PlanOptions, workdir: Path) -> int:
+    """Makes a plan, shows it, and writes plan.json and plan.html below the workdir.
+
+    Returns:
+      The exit status: 0 also where the answer is that it does not fit.
+    """
+    folder = workdir / 'plan'
+    result = plan(name, values, options, folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(result, indent=1)
+    (folder / 'plan.json').write_text(text + '\n', 'utf-8')
+    page = write_page(result, folder / 'plan.html')
+    print(text if options.json else show(result))
+    print(f'page: {page}', file=sys.stderr)
+    return 0

@@ -1,0 +1,86 @@
+"""Tries meshes, remat policies and batches by compiling them, and ranks them."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from bigjax.plan.assess import Assessment, assess
+from bigjax.plan.candidates import Change, closed, every
+from bigjax.plan.options import PlanOptions
+from bigjax.plan.summary import candidate
+from bigjax.run import UsageError
+
+
+def search(
+    name: str,
+    values: Mapping[str, Any],
+    found: Assessment,
+    options: PlanOptions,
+    kept: Path,
+) -> list[dict[str, Any]]:
+    """Returns what was tried, the most tokens per second first, what does not fit last.
+
+    Arithmetic looks at every combination; the compiler at the most promising, at the one asked for,
+    and at some that should be bad, so that the order can be seen to mean something. What was
+    compiled before is not compiled again: an interrupted search goes on.
+
+    Args:
+      name: of the experiment.
+      values: its knobs.
+      found: what is known of the configuration that was asked for.
+      options: how many tries, and with which flags.
+      kept: folder of what was compiled before.
+    """
+    guessed: list[tuple[Change, Assessment]] = []
+    changes = list(every(name, found))
+    for change in tqdm(changes, desc='arithmetic', unit='way', leave=False):
+        if guess := closed(name, found, change):
+            guessed.append((change, guess))
+    rows = []
+    for change in tqdm(chosen(guessed, options.tries), desc='compiling', unit='way'):
+        try:
+            way = assess(name, {**values, **change}, found.topology, options, kept)
+        except UsageError:
+            continue
+        rows.append(candidate(way, change))
+    rows.sort(key=lambda row: (not row['fits'], -(row['tokens_per_second'] or 0.0)))
+    return rows
+
+
+def chosen(guessed: list[tuple[Change, Assessment]], tries: int) -> list[Change]:
+    """Returns the most promising by arithmetic, one of each mesh first, and the worst of the rest.
+
+    Args:
+      guessed: changes and what arithmetic says of them.
+      tries: how many to return at most.
+    """
+
+    def speed(pair: tuple[Change, Assessment]) -> float:
+        way = pair[1]
+        return way.closed.predicted_seconds / way.tokens_per_step
+
+    limit = 1.1  # the closed form may be that much too large
+    fitting = [g for g in guessed if g[1].memory.total <= limit * g[1].topology.hardware.hbm_bytes]
+    ranked = sorted(fitting, key=speed)
+    rest = sorted((g for g in guessed if g not in fitting), key=lambda g: g[1].memory.total)
+    bad = max(2, tries // 4)
+    picked: list[Change] = []
+
+    def pick(pairs: list[tuple[Change, Assessment]], most: int, new: str = '') -> None:
+        """Takes from the front, each value of the knob `new` once."""
+        seen: set[Any] = set()
+        for change, _ in pairs:
+            if len(picked) >= most:
+                return
+            if change not in picked and (not new or change[new] not in seen):
+                seen.add(change.get(new))
+                picked.append(change)
+
+    pick(ranked, (tries - bad) // 2)
+    pick(ranked, tries - bad, 'mesh')
+    pick(list(reversed(ranked)), tries - bad // 2, 'mesh')
+    pick(rest, tries)
+    pick(ranked, tries)
+    return picked

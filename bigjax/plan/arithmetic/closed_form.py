@@ -14,7 +14,7 @@ from bigjax.plan.arithmetic import closed_flops as flops
 from bigjax.plan.arithmetic.closed_collectives import collectives
 from bigjax.plan.arithmetic.closed_memory import PROGRAM, memory
 from bigjax.plan.arithmetic.roofline import efficiency, roofline
-from bigjax.plan.arithmetic.shape import Shape, Step, policy, shape_of
+from bigjax.plan.arithmetic.shape import STAGE, Shape, Step, policy, shape_of
 from bigjax.plan.records import CATEGORIES, ClosedForm, Memory
 from bigjax.plan.topology import Topology
 from bigjax.state import make_init
@@ -34,15 +34,19 @@ def closed_form(
       slots: what `optimizer_slots` says of it, where that is known: it takes most of the time.
 
     Raises:
-      UsageError: the mesh does not fit the machine.
+      UsageError: the mesh does not fit the machine, the batch or the model.
     """
     run = experiment.run
     mesh = parse_mesh(run.mesh, topology.devices)
+    # Checks and shardings ask a mesh for no more than its sizes.
+    devices = cast(Mesh, AbstractMesh(tuple(mesh.values()), AXES))
+    sharding.check_batch('batch', run.batch, devices, accumulate=run.accumulate)
     slices = topology.slices if topology.hardware.is_tpu else 1
     dcn = parse_dcn(run.dcn, mesh, slices) if slices > 1 else {}
     model = experiment.model
     if not isinstance(model, DecoderLM):
-        return _of_state(experiment, topology, mesh)
+        return _of_state(experiment, topology, devices)
+    _check_model(experiment, devices)
     flash = model.attention_impl != 'xla'
     experts = bool(model.routing.experts)
     saved, offloaded = policy(model.remat, experts=experts)
@@ -108,12 +112,23 @@ def _bytes(tree: Any) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
-def _of_state(experiment: Experiment, topology: Topology, mesh: dict[str, int]) -> ClosedForm:
+def _check_model(experiment: Experiment, devices: Mesh) -> None:
+    """Raises UsageError where the mesh does not divide a decoder, which few of its layers tell."""
+    model, stages = experiment.model, devices.shape[STAGE]
+    model = model if model.depth % stages else model.clone(depth=stages)
+    tokens = jnp.zeros((1, 1), jnp.int32)
+    params = jax.eval_shape(model.init, jax.random.key(0), tokens)['params']
+    shapes = {
+        sharding.path_string(path): leaf.shape
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+    }
+    sharding.parameter_specs(shapes, experiment.rules, devices)
+
+
+def _of_state(experiment: Experiment, topology: Topology, devices: Mesh) -> ClosedForm:
     """What is known of any experiment: its task's operations, and the memory of its state."""
     run, task = experiment.run, experiment.task
     abstract = jax.eval_shape(make_init(task, experiment.optimizer, run.seed))
-    # Shardings ask a mesh for no more than its sizes.
-    devices = cast(Mesh, AbstractMesh(tuple(mesh.values()), AXES))
     placed = sharding.state_shardings(abstract, experiment.rules, devices)
     parameters = sharding.bytes_per_device(abstract.params, placed.params)
     optimizer = sharding.bytes_per_device(abstract.opt_state, placed.opt_state)

@@ -176,8 +176,9 @@ def test_on_a_mesh_it_is_the_same(alone):
 
 
 @pytest.fixture(scope='module')
-def stdlib():
-    return open_language('stdlib', seq=32, data_dir='', tokenizer='bytes', vocab=256).train
+def stdlib(tmp_path_factory):
+    folder = str(tmp_path_factory.mktemp('data'))
+    return open_language('stdlib', seq=32, data_dir=folder, tokenizer='bytes', vocab=256).train
 
 
 def curve(records, matmul):

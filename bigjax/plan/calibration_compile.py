@@ -14,12 +14,13 @@ from bigjax.plan.topology import parse
 from bigjax.run import UsageError
 
 # The policy of ours that is nearest to what a row keeps: 'dots_no_batch' is that very set, and
-# ours that keep projections keep attention's results as well, so that its kernel runs once.
+# ours that keep projections keep attention's results as well, so that its kernel runs once:
+# 'save_qkv' keeps as many bytes as a set of projections that has attention's last one, too.
 NEAREST = {
     (): 'full',
     ('mlp_in', 'mlp_out', 'out', 'qkv'): 'dots_no_batch',
-    ('mlp_out', 'out', 'qkv'): 'save_out',
-    ('out', 'qkv'): 'save_out',
+    ('mlp_out', 'out', 'qkv'): 'save_qkv',
+    ('out', 'qkv'): 'save_qkv',
     ('qkv',): 'save_qkv',
     ('context', 'qkv'): 'save_qkv',
     ('context', 'mlp_out', 'qkv'): 'save_out',

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import re
+from collections.abc import Iterable, Mapping
 
 _LINE = re.compile(r'^\s+(?:ROOT )?%(?P<name>[^ ]+) = (?P<rest>.*)$')
 _ARRAY = re.compile(r'\b(pred|[a-z]\w*?\d+\w*)\[([\d,]*)\](\{[^{}]*\})?')
@@ -100,6 +101,26 @@ def _instruction(match: re.Match, bytes_of: dict[str, int]) -> Instruction:
         int(cycles[1]) if cycles else None, body[1] if body and opcode == 'while' else '',
         int(trips[1]) if trips else 1,
     )  # fmt: skip
+
+
+def dumped_as(
+    instruction: Instruction, found: Mapping[str, Instruction], dumped: Iterable[str]
+) -> str:
+    """The name that an instruction's dumps have: of equal kernels the compiler dumps one.
+
+    Args:
+      instruction: of `found`.
+      found: what `instructions` gave.
+      dumped: names of the instructions that have dumps.
+    """
+    if not instruction.kernel or instruction.name in dumped:
+        return instruction.name
+
+    def likeness(one: Instruction) -> tuple[object, ...]:
+        return one.kernel, one.name.rpartition('.')[0], one.vmem_bytes, one.hbm_bytes, one.size
+
+    twins = (n for n in dumped if n in found and likeness(found[n]) == likeness(instruction))
+    return next(twins, instruction.name)
 
 
 def values(found: dict[str, Instruction], kernel: Instruction) -> dict[int, tuple[int, ...]]:

@@ -200,12 +200,13 @@ def parts_of(
     """
     found = schedule_hlo.instructions(compiled.module, computation)
     parts: list[Part] = []
-    for name, instruction in found.items():
+    for instruction in found.values():
         if instruction.body:
             inside = parts_of(compiled, chip, slow_paths, instruction.body)
             parts += [part.repeated(instruction.trips) for part in inside]
         elif not (schedule_hlo.waits(instruction.opcode) or instruction.opcode.endswith('-start')):
-            parts.append(_part(instruction, found, compiled.dumps.get(name), chip, slow_paths))
+            dumps = compiled.dumps.get(schedule_hlo.dumped_as(instruction, found, compiled.dumps))
+            parts.append(_part(instruction, found, dumps, chip, slow_paths))
     # Copies that run beside other work still take their share of the memory's time.
     beside = sum(i.hbm_bytes for i in found.values() if i.opcode.endswith('-start'))
     if beside:

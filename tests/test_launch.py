@@ -122,7 +122,7 @@ MISTAKES = {
     'wrong action': (
         ('--experiment=cnn', '--action=trian'),
         'launch.py: flag --action=trian: value should be one of '
-        '<train|evaluate|generate|describe|import|export>\n' + SEE.format('cnn'),
+        '<train|evaluate|generate|describe|import|export|plan|manifest>\n' + SEE.format('cnn'),
     ),
     'unknown experiment': (
         ('--experiment=gpt_stlib',),
@@ -312,7 +312,7 @@ def test_run_is_interrupted_resumed_evaluated_and_sampled(launch, gpt, tmp_path)
     assert done.code == 1
     assert done.err.startswith(
         f'launch.py: --workdir={workdir}: holds a run with other knobs: --depth=2 (there: 1); '
-        'name another folder, or change only steps, eval_batch, '
+        'name another folder, or change only remat, microbatches, context, steps, eval_batch, '
     )
     done = launch('--experiment=cnn', f'--workdir={workdir}')
     assert done == Done(

@@ -66,19 +66,21 @@ class Dense(nn.Module):
             bias = self.param('bias', self.bias_init, features, self.param_dtype)
         x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
         x = x.reshape(*rows(lead), flat[0])
-        y = self._product(x, kernel.reshape(flat))
+        y = _product(x, kernel.reshape(flat), self.matmul)
         if bias is not None:
             y += bias.reshape(*(1,) * (y.ndim - 1), flat[1])
         # The name is for `bigjax.nn.remat`.
         return checkpoint_name(y.reshape(*lead, *features), self.name or 'dense')
 
-    def _product(self, x: jax.Array, w_IO: jax.Array) -> jax.Array:
-        if self.matmul == 'default':
-            return x @ w_IO
-        # Not above: its library is slow to import, and few runs need it.
-        from bigjax.nn.quantized import quantized_matmul
 
-        return quantized_matmul(x, w_IO, self.matmul)
+def _product(x: jax.Array, w_IO: jax.Array, matmul: Matmul) -> jax.Array:
+    """No method of `Dense`: adapters (`bigjax.lora`) are added around each of its methods."""
+    if matmul == 'default':
+        return x @ w_IO
+    # Not above: its library is slow to import, and few runs need it.
+    from bigjax.nn.quantized import quantized_matmul
+
+    return quantized_matmul(x, w_IO, matmul)
 
 
 def embedding_logits(

@@ -141,6 +141,17 @@ def test_a_module_s_kernels_bytes_and_constants():
         schedule_hlo.instructions('HloModule nothing')
 
 
+def test_equal_kernels_have_the_dumps_of_one():
+    found = schedule_hlo.instructions(MODULE)
+    kernel = found['kernel.1']
+    twin = dataclasses.replace(kernel, name='kernel.2')
+    other = dataclasses.replace(kernel, name='kernel.3', hbm_bytes=kernel.hbm_bytes + 1)
+    found |= {one.name: one for one in (twin, other)}
+    for one, name in ((kernel, 'kernel.1'), (twin, 'kernel.1'), (other, 'kernel.3')):
+        assert schedule_hlo.dumped_as(one, found, ['copy', 'kernel.1']) == name
+    assert schedule_hlo.dumped_as(found['copy'], found, ['kernel.1']) == 'copy'
+
+
 @pytest.mark.parametrize('chip', TPUS)
 @pytest.mark.parametrize('causal', [False, True])
 @pytest.mark.parametrize('dim', [64, 128, 256])

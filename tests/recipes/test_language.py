@@ -1,6 +1,7 @@
 """Language models: full size without a byte allocated, mixtures in the loss, and on a mesh."""
 
 import dataclasses
+import typing
 from pathlib import Path
 
 import jax
@@ -14,6 +15,7 @@ from bigjax.models import gpt
 from bigjax.nn.moe import Routing
 from bigjax.recipes.sizes import override
 from bigjax.state import setup
+from bigjax.strategy import Remat
 from bigjax.tasks.causal_lm import cached_decoder, causal_lm
 
 ROUTING = Routing(experts=4, experts_per_token=2, capacity_factor=0.75)
@@ -82,7 +84,7 @@ def test_sizes_and_choices_are_those_of_the_model(name):
     knobs = experiments.knobs(experiments.find(name))
     model = __import__(f'bigjax.models.{name.rstrip("23")}', fromlist=['_'])
     assert knobs['size'].type == tuple(getattr(model, f'{name.upper()}_SIZES', None) or model.SIZES)
-    assert knobs['remat'].type == ('none', 'full', 'dots', 'dots_no_batch')
+    assert knobs['remat'].type == typing.get_args(Remat)
     assert {'rank', 'alpha', 'experts', 'experts_per_token', 'scan', 'dtype'} <= knobs.keys()
 
 

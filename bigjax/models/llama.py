@@ -19,6 +19,7 @@ from bigjax.nn.moe import DENSE, MoE, Routing
 from bigjax.nn.norm import RMSNorm
 from bigjax.nn.rotary import RotaryScaling, frequencies, rotate, rotation
 from bigjax.nn.stack import stack, stacked_rules
+from bigjax.nn.together import together
 from bigjax.strategy import Context, Matmul
 
 # The published variants: Llama 3.2 (1B, 3B) and 3.1 (8B, 70B, 405B). All have 128,256 tokens, 8
@@ -80,9 +81,9 @@ class Attention(nn.Module):
         dense = functools.partial(
             Dense, use_bias=False, dtype=self.dtype, kernel_init=INIT, matmul=self.matmul
         )
-        q_BTHD = dense((self.heads, D), name='query')(x_BTC)
-        k_BTKD = dense((self.kv_heads, D), name='key')(x_BTC)
-        v_BTKD = dense((self.kv_heads, D), name='value')(x_BTC)
+        H, K = (self.heads, D), (self.kv_heads, D)
+        features = {'query': H, 'key': K, 'value': K}
+        q_BTHD, k_BTKD, v_BTKD = together(dense, x_BTC, 'heads', features)
         q_BTHD, k_BTKD = rotate(q_BTHD, turned), rotate(k_BTKD, turned)
         q_BTHD, k_BTKD, v_BTKD = (
             constrain(x, 'batch', 'length', 'heads', None) for x in (q_BTHD, k_BTKD, v_BTKD)
@@ -109,8 +110,8 @@ class MLP(nn.Module):
         dense = functools.partial(
             Dense, use_bias=False, dtype=self.dtype, kernel_init=INIT, matmul=self.matmul
         )
-        gate_BTM = dense(self.hidden, name='gate')(x_BTC)
-        up_BTM = dense(self.hidden, name='up')(x_BTC)
+        features = {'gate': self.hidden, 'up': self.hidden}
+        gate_BTM, up_BTM = together(dense, x_BTC, 'mlp', features)
         return dense(x_BTC.shape[-1], name='down')(nn.silu(gate_BTM) * up_BTM)
 
 

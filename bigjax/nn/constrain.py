@@ -34,6 +34,18 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, spec) if _large(mesh) else x
 
 
+def parts(name: str, size: int) -> int:
+    """Returns how many parts the mesh that is set splits a dimension of an activation into.
+
+    Args:
+      name: of the dimension, as in `constrain`.
+      size: its size.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    spec = activation_spec((name,), (size,), mesh)
+    return size // jax.NamedSharding(mesh, spec).shard_shape((size,))[0]
+
+
 def _large(mesh: Any) -> bool:
     """Returns whether the compiler has anything to place."""
     kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)

@@ -38,6 +38,7 @@ class Dense(nn.Module):
       kernel_init: initializer, called with the flattened shape (inputs, outputs).
       bias_init: initializer of the bias.
       matmul: precision of the product: 'default' is `dtype`; see `bigjax.nn.quantized`.
+      joined: no gradient reaches the input from the product: `bigjax.nn.together` adds it.
     """
 
     features: int | tuple[int, ...]
@@ -48,6 +49,7 @@ class Dense(nn.Module):
     kernel_init: Callable[..., jax.Array] = nn.initializers.lecun_normal()
     bias_init: Callable[..., jax.Array] = nn.initializers.zeros_init()
     matmul: Matmul = 'default'
+    joined: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -66,6 +68,8 @@ class Dense(nn.Module):
             bias = self.param('bias', self.bias_init, features, self.param_dtype)
         x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
         x = x.reshape(*rows(lead), flat[0])
+        if self.joined:
+            x = jax.lax.stop_gradient(x)
         y = _product(x, kernel.reshape(flat), self.matmul)
         if bias is not None:
             y += bias.reshape(*(1,) * (y.ndim - 1), flat[1])

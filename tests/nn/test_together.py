@@ -13,9 +13,11 @@ import pytest
 from program import collectives
 
 from bigjax import sharding
+from bigjax.lora import LoRA, lora_task
 from bigjax.nn.constrain import constrain, enter, leave
 from bigjax.nn.linear import Dense
 from bigjax.nn.together import together
+from bigjax.task import Task
 
 B, T, C, D, M = 8, 16, 32, 4, 96
 ATTENTION = ('heads', {'query': (8, D), 'key': (4, D), 'value': (4, D)})
@@ -56,13 +58,14 @@ def made(read, **how):
     return model, model.init(jax.random.key(0), x_BTC), x_BTC
 
 
+def loss(model, variables, x_BTC):
+    return jnp.sum(model.apply(variables, x_BTC).astype(jnp.float32) ** 2)
+
+
 def step(model):
     """The value, and the gradients with respect to the parameters and the input."""
 
-    def loss(variables, x_BTC):
-        return jnp.sum(model.apply(variables, x_BTC).astype(jnp.float32) ** 2)
-
-    return jax.value_and_grad(loss, (0, 1))
+    return jax.value_and_grad(functools.partial(loss, model), (0, 1))
 
 
 def on_mesh(text, variables, x_BTC):
@@ -105,3 +108,27 @@ def test_the_gradient_of_the_input_is_summed_over_the_mesh_once(text, read):
     # And one forward.
     assert sums(model, text, *arrays) == 2
     assert sums(apart, text, *arrays) == 1 + len(read[1])
+
+
+@pytest.mark.parametrize('text', ['', 'data=8', 'fsdp=8'])
+def test_where_outputs_are_whole_nothing_changes(text):
+    model, *arrays = made(MLP, dtype=jnp.bfloat16, bias=True)
+    apart = Half(*MLP, dtype=jnp.bfloat16, bias=True, by_themselves=True)
+    with jax.set_mesh(sharding.make_mesh(text, devices=jax.devices()[: 8 if text else 1])):
+        assert str(jax.make_jaxpr(step(model))(*arrays)) == str(
+            jax.make_jaxpr(step(apart))(*arrays)
+        )
+
+
+def test_adapters_have_their_part_in_the_gradient_of_the_input():
+    model, _, x_BTC = made(ATTENTION, bias=True)
+    whole = lambda params, extra, x, key, train: loss(model, {'params': params}, x)  # noqa: E731
+    task = Task(lambda key: model.init(key, x_BTC), whole, 'rows', 1, 1)
+    task = lora_task(task, LoRA(rank=2, adapt='.'))
+    params = task.init(jax.random.key(0))['params']
+    params = jax.tree.map(lambda w: w + 0.1 * jnp.cos(jnp.arange(w.size)).reshape(w.shape), params)
+    grad = jax.grad(lambda params, x_BTC: task.loss(params, {}, x_BTC, None, True), (0, 1))
+    want = jax.jit(grad)(params, x_BTC)
+    with jax.set_mesh(sharding.make_mesh('fsdp=4,tensor=2')):
+        got = jax.jit(grad)(params, x_BTC)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-3), got, want)

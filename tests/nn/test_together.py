@@ -64,12 +64,11 @@ def loss(model, variables, x_BTC):
 
 def step(model):
     """The value, and the gradients with respect to the parameters and the input."""
-
     return jax.value_and_grad(functools.partial(loss, model), (0, 1))
 
 
 def on_mesh(text, variables, x_BTC):
-    """Sets a mesh, and splits the arrays as the rules of the models do."""
+    """Returns a mesh, and the arrays split over it as models do it."""
     mesh = sharding.make_mesh(text)
     rows = [('fsdp', 'data')[mesh.shape['fsdp'] == 1], 'tensor']
 

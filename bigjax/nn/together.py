@@ -47,7 +47,7 @@ def together(
     outputs = [layer(x) for layer in layers]
     if not joined:
         return outputs
-    kernels = [layer.get_variable('params', 'kernel') for layer in layers]
+    kernels: list[jax.Array] = [layer.get_variable('params', 'kernel') for layer in layers]
     return _joined(x, outputs, kernels, shards)
 
 

@@ -63,7 +63,8 @@ def told(found: Walk) -> str:
         f'{"FLOPs a device":<18}{found.flops:.4g}, of kernels {found.kernel_flops:.4g}',
     ]
     for name in ('matmul', 'kernels', 'other', 'exposed', 'hidden'):
-        ends = (getattr(found.low, name), getattr(found.high, name))
+        # What is hidden is a difference, and may be a rounding error.
+        ends = [round(getattr(end, name), 9) for end in (found.low, found.high)]
         lines.append(f'{name:<18}{between(ends, seconds)}')
     for row in found.collectives:
         lines.append(

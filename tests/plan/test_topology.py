@@ -1,12 +1,14 @@
 """Names of machines: what they mean, and what is said of those that do not exist."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bigjax.plan.hardware import HARDWARE
+from bigjax.plan.program import compile
 from bigjax.plan.topology import parse, shapes
 from bigjax.run import UsageError
 from pallas_kernels.chip import CHIPS
@@ -52,6 +54,27 @@ def test_rings_are_the_sides_that_close():
     assert parse('v5e:8x16').wrap == (False, True)
     assert parse('v5p:2x4x4').wrap == (False,) * 3
     assert parse('v5p:4x4x8').wrap == (True,) * 3
+
+
+@pytest.mark.parametrize(
+    ('name', 'wrap'),
+    [
+        ('v5p:4x4x8', (True, True, True)),
+        ('v5p:2x4x4', (False, False, False)),
+        ('v5e:8x16', (False, True, False)),
+        ('2*v6e:16x16', (True, True, False)),
+    ],
+)
+def test_the_compiler_is_told_which_sides_are_rings(name, wrap, monkeypatch) -> None:
+    asked = {}
+    described = SimpleNamespace(devices=[])
+    monkeypatch.setattr(
+        compile.topologies,
+        'get_topology_desc',
+        lambda **options: asked.update(options) or described,
+    )
+    compile.devices(parse(name))
+    assert asked['wrap'] == wrap
 
 
 V5P = (

@@ -110,8 +110,7 @@ def check_arguments(
     if segment_ids is not None and kv_segment_ids is None and T == S:
         kv_segment_ids = segment_ids
     dropout_rate = _check_dropout(dropout_rate, dropout_seed)
-    if block_sizes is not None and not isinstance(block_sizes, BlockSizes):
-        raise wrong('block_sizes', block_sizes, 'must be a BlockSizes or None', 'None')
+    check_block_sizes(block_sizes)
     operands = Operands(
         q,
         k,
@@ -131,6 +130,22 @@ def check_arguments(
         shift=S - T,
     )
     return operands, spec
+
+
+def check_block_sizes(sizes: BlockSizes | None, name: str = 'block_sizes') -> None:
+    """Raises ValueError unless sizes are such as some kernel may take; each has further rules."""
+    if sizes is None:
+        return
+    if not isinstance(sizes, BlockSizes):
+        raise wrong(name, sizes, 'must be a BlockSizes or None', 'None')
+    for field, good in (('q', 512), ('kv', 512), ('sub', 512), ('chunk', 512), ('heads', None)):
+        value = getattr(sizes, field)
+        if value is None and field == 'heads':
+            continue
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            rule = 'must be a Python int >= 1' + (' or None' if field == 'heads' else '')
+            raise wrong(f'{name}.{field}', value, rule, f'{good}')
+    check_block_sizes(sizes.backward, f'{name}.backward')
 
 
 def _check_qkv(q: jax.Array, k: jax.Array, v: jax.Array) -> None:

@@ -7,6 +7,7 @@ import pytest
 
 from pallas_kernels.attention import attention, reference
 from pallas_kernels.attention.arguments import Spec, check_arguments
+from pallas_kernels.block_sizes import BlockSizes
 
 
 def x(*shape, dtype='float32'):
@@ -138,6 +139,26 @@ MESSAGES = [
     (
         {'block_sizes': 128},
         'block_sizes=128: must be a BlockSizes or None; try block_sizes=None',
+    ),
+    (
+        {'block_sizes': BlockSizes(128, 0, 128, 128)},
+        'block_sizes.kv=0: must be a Python int >= 1; try block_sizes.kv=512',
+    ),
+    (
+        {'block_sizes': BlockSizes(128, 128, 128, 128, heads=True)},
+        'block_sizes.heads=True: must be a Python int >= 1 or None; try block_sizes.heads=None',
+    ),
+    (
+        {'block_sizes': BlockSizes(128, 128, 128, 192), 'impl': 'tpu'},
+        'block_sizes.chunk=192: must be a positive multiple of 128; try block_sizes.chunk=256',
+    ),
+    (
+        {
+            'block_sizes': BlockSizes(*[128] * 4, None, BlockSizes(256, 512, 384, 256)),
+            'impl': 'tpu',
+        },
+        'block_sizes.backward.sub=384: must divide block_sizes.backward.kv=512; try '
+        'block_sizes.backward.sub=256',
     ),
     (
         {'impl': 'cuda'},

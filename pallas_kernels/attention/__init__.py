@@ -5,6 +5,7 @@ import jax
 from pallas_kernels.attention.arguments import Window, check_arguments
 from pallas_kernels.attention.choice import Implementation, chosen, implementation
 from pallas_kernels.attention.decode import decode_attention
+from pallas_kernels.attention.decode_sharded import shard_decode
 from pallas_kernels.attention.differentiable import RESIDUALS, attend
 from pallas_kernels.attention.sharded import shard
 from pallas_kernels.block_sizes import BlockSizes
@@ -16,6 +17,7 @@ __all__ = [
     'decode_attention',
     'implementation',
     'shard',
+    'shard_decode',
 ]
 
 

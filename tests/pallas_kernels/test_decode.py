@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.attention.decode import DecodeSpec, decode_attention
+from pallas_kernels.attention.decode import decode_attention
+from pallas_kernels.attention.decode_arguments import DecodeSpec
 from pallas_kernels.attention.tpu import decode as tpu
 from pallas_kernels.attention.tpu import decode_plan
 from pallas_kernels.block_sizes import BlockSizes
@@ -327,6 +328,8 @@ SHAPED = {
         ({'softcap': 0.0}, 'softcap=0.0: must be > 0'),
         ({'sinks': jnp.zeros(3)}, 'sinks=float32.*must be float of shape'),
         ({'scale': jnp.ones(())}, 'scale=.* must be a finite Python number'),
+        ({'block_sizes': 128}, 'block_sizes=128: must be a BlockSizes or None; try block_s'),
+        ({'block_sizes': dataclasses.replace(BLOCKS, kv=-8)}, 'block_sizes.kv=-8: must be a Pytho'),
         ({'impl': 'gpu'}, "impl='gpu': there is no decode kernel for GPUs; try impl='xla'"),
         ({'impl': 'mps'}, "impl='mps': must be 'reference', 'xla', 'tpu' or None"),
         (

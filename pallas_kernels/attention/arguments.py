@@ -17,6 +17,7 @@ from pallas_kernels.block_sizes import BlockSizes
 
 Window = tuple[int | None, int | None]
 
+FARTHEST = 2**30  # a window as wide hides nothing
 _LETTERS = {'q': 'B, T, H, D', 'k': 'B, S, K, D', 'v': 'B, S, K, V'}
 
 
@@ -240,7 +241,8 @@ def _check_window(window: int | Window | None) -> Window:
     ):
         rule = 'must be None, a Python int >= 0, or a pair (left, right) of these'
         raise wrong('window', window, rule, '(128, 0)')
-    return left_right
+    # Positions are int32, and so are sums of one and a window.
+    return tuple(None if n is None or n >= FARTHEST else int(n) for n in left_right)
 
 
 def _check_softcap(softcap: float | None) -> float | None:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.arrays import wrong
+from pallas_kernels.arrays import FLOATS, wrong
 from pallas_kernels.attention import arguments
 from pallas_kernels.block_sizes import BlockSizes
 
@@ -97,9 +97,11 @@ def _check_cache(
     paged = page_table_BP is not None
     letters |= {n: f'[{"N, P" if paged else "B, S"}, K, {s}]' for n, s in (('k', 'D'), ('v', 'V'))}
     for name, x in (('q', q), ('k', k), ('v', v)):
-        if x.ndim != 4 or not x.size or not jnp.issubdtype(x.dtype, jnp.floating):
-            rule = f'must be float {letters[name]}, no dimension of them 0'
-            raise wrong(name, x, rule, f'{q.dtype}[2, 16, 4, 64]')
+        if x.ndim != 4 or not x.size or x.dtype.name not in FLOATS:
+            rule = f'must be {", ".join(FLOATS)} {letters[name]}, no dimension of them 0'
+            raise wrong(
+                name, x, rule, f'{q.dtype if q.dtype.name in FLOATS else FLOATS[0]}[2, 16, 4, 64]'
+            )
     (B, _, H, D), (n, s, K, _) = q.shape, k.shape
     fits = (n if paged else B, s, K, D)
     if k.shape != fits:

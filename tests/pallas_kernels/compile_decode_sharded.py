@@ -19,6 +19,7 @@ from pallas_kernels.attention import decode_attention, shard_decode
 from pallas_kernels.chip import CHIPS, Chip
 
 B, T, S, H, D = 16, 1, 2048, 16, 128
+ROW = P('data', None, 'tensor')
 SPLIT = shard_decode(batch='data', heads='tensor')
 # name: key-value heads, tokens of a page (0: contiguous), whether a `jax.shard_map` is around it
 CASES = {
@@ -30,60 +31,52 @@ CASES = {
 COLLECTIVE = re.compile(r'(all-gather|all-reduce|all-to-all|collective-permute)(-start)?\(')
 
 
-def compiled(mesh: Mesh, K: int, page: int) -> jax.stages.Compiled:
-    """The program of one case: caches lie as a model keeps them, heads side by side."""
-    heads = None if K == 1 else 'tensor'
+def arrays(mesh: Mesh, K: int, page: int) -> list[jax.ShapeDtypeStruct]:
+    """q, k, v, lengths and page table; caches as a model keeps them, heads side by side."""
     lead = (B * S // page, page) if page else (B, S)
-    cache = (*lead, K * D), P(None if page else 'data', None, heads), 'bfloat16'
+    cache = (*lead, K * D), P(None if page else 'data', None, None if K == 1 else 'tensor')
     given = (
-        ((B, T, H, D), P('data', None, 'tensor'), 'bfloat16'), cache, cache,
+        ((B, T, H, D), ROW, 'bfloat16'), (*cache, 'bfloat16'), (*cache, 'bfloat16'),
         ((B,), P('data'), 'int32'), ((B, S // (page or S)), P('data'), 'int32'),
     )  # fmt: skip
-    arrays = [
+    return [
         jax.ShapeDtypeStruct(shape, jnp.dtype(kind), sharding=NamedSharding(mesh, spec))
         for shape, spec, kind in given
     ]
 
-    def call(q, k, v, lengths_B, table):
-        k, v = (x.reshape(*lead, K, D) for x in (k, v))
+
+def call(K: int, page: int, inside: bool, q, k, v, lengths_B, table) -> jax.Array:
+    """Decode attention, split by itself or in a `jax.shard_map` of the caller's."""
+    k, v = (x.reshape(*x.shape[:2], K, D) for x in (k, v))
+    if not inside:
         table = table if page else None
         return SPLIT(q, k, v, lengths_B=lengths_B, page_table_BP=table, impl='tpu')
-
-    def around(q, k, v, lengths_B, table):
-        del table
-        k, v = (x.reshape(*lead, K, D) for x in (k, v))
-        row = P('data', None, 'tensor')
-        return jax.shard_map(
-            lambda q, k, v, n: decode_attention(q, k, v, lengths_B=n, impl='tpu'),
-            in_specs=(row, row, row, P('data')), out_specs=row,
-        )(q, k, v, lengths_B)  # fmt: skip
-
-    return functools.partial(lowered, mesh, arrays), call, around
-
-
-def lowered(mesh: Mesh, arrays: list, call) -> jax.stages.Compiled:
-    with jax.set_mesh(mesh):
-        return jax.jit(call).trace(*arrays).lower(lowering_platforms=('tpu',)).compile()
+    return jax.shard_map(
+        lambda q, k, v, lengths_B: decode_attention(q, k, v, lengths_B=lengths_B, impl='tpu'),
+        in_specs=(ROW, ROW, ROW, P('data')),
+        out_specs=ROW,
+    )(q, k, v, lengths_B)
 
 
 def report(chip: Chip) -> None:
     """Prints what the compiler made of each case."""
     devices = topologies.get_topology_desc(platform='tpu', topology_name=chip.topology).devices
-    mesh = Mesh(
-        np.array(devices).reshape(2, 2), ('data', 'tensor'), axis_types=(AxisType.Auto,) * 2
-    )
-    for name, (K, page, inside) in CASES.items():
-        compile_, call, around = compiled(mesh, K, page)
-        program = compile_(around if inside else call)
+    mesh = Mesh(np.reshape(devices, (2, 2)), ('data', 'tensor'), axis_types=(AxisType.Auto,) * 2)
+    for name, case in CASES.items():
+        K, page, _ = case
+        with jax.set_mesh(mesh):
+            traced = jax.jit(functools.partial(call, *case)).trace(*arrays(mesh, K, page))
+            program = traced.lower(lowering_platforms=('tpu',)).compile()
         text = program.as_text()
-        split = (1 if page else 2) * (1 if K == 1 else 2)
-        print(json.dumps({
+        parts = (1 if page else 2) * (1 if K == 1 else 2)
+        found = {
             'case': name,
             'kernels': text.count('custom_call_target="tpu_custom_call"'),
             'collectives': sorted({match[1] for match in COLLECTIVE.finditer(text)}),
             'temp_bytes': program.memory_analysis().temp_size_in_bytes,
-            'cache_bytes': B * S * K * 2 * D * 2 // split,
-        }))  # fmt: skip
+            'cache_bytes': B * S * K * 2 * D * 2 // parts,
+        }
+        print(json.dumps(found))
 
 
 if __name__ == '__main__':

@@ -188,6 +188,8 @@ def test_what_the_arguments_come_to():
     operands, spec = check_arguments(*GOOD.values(), causal=True, window=7, scale=2)
     assert spec == Spec(True, (7, 7), None, 0.0, 2.0, -1)
     assert (spec.left, spec.right) == (7, 0)
+    # No position is as far away, and int32 holds no sums of such.
+    assert check_arguments(*GOOD.values(), window=(2**40, 2**30 - 1))[1].window == (None, 2**30 - 1)
     ids = np.zeros((2, 6), np.uint8)
     q = GOOD['q']
     operands, _ = check_arguments(

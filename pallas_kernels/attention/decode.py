@@ -50,7 +50,8 @@ def decode_attention(
       sinks: float [H]: a logit a head in the softmax's sum, with no value.
       scale: factor on the products; None is 1 / sqrt(D).
       return_lse: whether to return lse too.
-      block_sizes: `kv` is how many tokens of a row are worked on at once; None chooses.
+      block_sizes: `kv` is how many tokens of a row are worked on at once at most: whole pages, and
+        what VMEM holds. The other sizes have no meaning here. None chooses.
       impl: 'reference' (the specification), 'xla' (in blocks up to the longest length; what a CPU
         runs, and the one with derivatives) or 'tpu' (Mosaic; interpreted where there is no TPU).
         None takes 'tpu' on a TPU where it runs these arguments, else 'xla'.

@@ -1,5 +1,7 @@
 """Attention's complaints, word for word: the argument, its value, the rule, a value that works."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -197,3 +199,22 @@ def test_what_the_arguments_come_to():
     )
     assert operands.kv_segment_ids_BS.dtype == operands.segment_ids_BT.dtype == jnp.int32
     assert operands.dropout_seed == -1
+
+
+@pytest.mark.parametrize('backward', [False, True])
+def test_block_sizes_beyond_the_vmem_of_the_chip_are_refused(backward):
+    small, large = BlockSizes(*[128] * 4), BlockSizes(4096, 4096, 2048, 2048)
+    sizes = dataclasses.replace(small, backward=large) if backward else large
+    q = jax.ShapeDtypeStruct((1, 8192, 2, 128), 'float32')
+
+    def call(q):
+        return attention(q, q, q, block_sizes=sizes, impl='tpu').sum()
+
+    device = jax.sharding.AbstractDevice('TPU7x', 1, 'tpu')
+    mesh = jax.sharding.AbstractMesh((), (), abstract_device=device)
+    name = 'block_sizes.backward' if backward else 'block_sizes'
+    with (
+        jax.sharding.use_abstract_mesh(mesh),
+        pytest.raises(ValueError, match=rf'^{name}=BlockSizes\(q=4096.*try {name}=BlockSizes\('),
+    ):
+        jax.eval_shape(jax.grad(call), q)

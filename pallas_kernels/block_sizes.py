@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
+from pallas_kernels.arrays import wrong
 from pallas_kernels.chip import CHIPS, Chip
 
 LANES = 128
@@ -94,19 +95,53 @@ def choose(
 
 
 def check(sizes: BlockSizes, name: str = 'block_sizes') -> None:
-    """Raises ValueError, naming the field, for sizes that no kernel can run."""
+    """Raises ValueError, naming the field and what works, for sizes that no TPU kernel can run."""
     for field in ('q', 'kv', 'sub', 'chunk'):
         value = getattr(sizes, field)
         if not isinstance(value, int) or value <= 0 or value % LANES:
-            raise ValueError(f'{name}.{field} must be a positive multiple of {LANES}, not {value}')
-    if sizes.kv % sizes.sub:
-        raise ValueError(f'{name}.sub={sizes.sub} must divide {name}.kv={sizes.kv}')
-    if sizes.q % sizes.chunk:
-        raise ValueError(f'{name}.chunk={sizes.chunk} must divide {name}.q={sizes.q}')
+            good = _lanes(max(1, value)) if isinstance(value, int) else LANES
+            raise wrong(f'{name}.{field}', value, f'must be a positive multiple of {LANES}', good)
+    for part, whole in (('sub', 'kv'), ('chunk', 'q')):
+        value, size = getattr(sizes, part), getattr(sizes, whole)
+        if size % value:
+            rule = f'must divide {name}.{whole}={size}'
+            raise wrong(f'{name}.{part}', value, rule, _divisor(size, value))
     if sizes.heads is not None and sizes.heads < 1:
-        raise ValueError(f'{name}.heads must be positive or None, not {sizes.heads}')
+        raise wrong(f'{name}.heads', sizes.heads, 'must be positive or None', None)
     if sizes.backward is not None:
         check(sizes.backward, f'{name}.backward')
+
+
+def check_fit(
+    sizes: BlockSizes,
+    shape: AttentionShape,
+    dtype: Any,
+    *,
+    chip: Chip,
+    logit_bytes: int = 0,
+    backward: bool = False,
+) -> None:
+    """Raises ValueError for sizes that need more VMEM than `chip` gives a kernel.
+
+    Sizes are held to the estimate that `choose` holds its own to; arguments are its own.
+    """
+    options = {'logit_bytes': logit_bytes, 'backward': backward}
+    part = _part(sizes, shape, backward, chip.vmem_limit)
+    needed = vmem_bytes(sizes, part, dtype, **options)
+    # Of the smallest blocks the compiler says what does not fit, as it does of a choice.
+    if needed > chip.vmem_limit and max(sizes.q, sizes.kv) > LANES:
+        good = _shrunk(sizes, part, dtype, limit=chip.vmem_limit, **options)
+        name, given = 'block_sizes' + '.backward' * backward, _text(sizes)
+        rule = (
+            f'its blocks take some {needed} bytes of VMEM, and a kernel gets {chip.vmem_limit} on '
+            f'{chip.name}'
+        )
+        raise wrong(name, given, rule, _text(good))
+
+
+def _text(sizes: BlockSizes) -> str:
+    fields = ('q', 'kv', 'sub', 'chunk') + ('heads',) * (sizes.heads is not None)
+    return f'BlockSizes({", ".join(f"{field}={getattr(sizes, field)}" for field in fields)})'
 
 
 def vmem_bytes(
@@ -158,9 +193,20 @@ def _fit(sizes, shape, dtype, bound, logit_bytes, backward, limit) -> BlockSizes
         budget = (1024 if backward else 2048) * 1024
         heads = min(MOST_HEADS, shape.heads, budget // (sizes.q * sizes.kv))
         sizes = dataclasses.replace(sizes, heads=heads if heads > 1 else None)
-    # Of longer sequences, the backward pass takes the keys in parts.
+    part = _part(sizes, shape, backward, limit)
+    return _shrunk(sizes, part, dtype, limit=limit, logit_bytes=logit_bytes, backward=backward)
+
+
+def _part(sizes: BlockSizes, shape: AttentionShape, backward: bool, limit: int) -> AttentionShape:
+    """What one kernel sees of a call: of longer sequences the backward pass takes keys in parts."""
+    if not backward:
+        return shape
     most = limit // (8 * (_lanes(shape.head_dim) + _lanes(shape.value_dim)))
-    shape = shape._replace(keys=min(shape.keys, max(most, sizes.kv)))
+    return shape._replace(keys=min(shape.keys, max(most, sizes.kv)))
+
+
+def _shrunk(sizes, shape, dtype, *, limit, logit_bytes, backward) -> BlockSizes:
+    """`sizes`, halved until they fit `limit` bytes of VMEM."""
     while vmem_bytes(sizes, shape, dtype, logit_bytes=logit_bytes, backward=backward) > limit:
         if sizes.heads is not None and sizes.heads > 1:
             sizes = dataclasses.replace(sizes, heads=None)

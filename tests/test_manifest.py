@@ -103,6 +103,7 @@ V5E, V5P = 'tpu-v5-lite-podslice', 'tpu-v5p-slice'
         ('v5p:8x8x8', 1, 128, 4, {'gke-tpu-accelerator': V5P, 'gke-tpu-topology': '8x8x8'}),
         ('v7x:4x4x4', 1, 16, 4, {'gke-tpu-accelerator': 'tpu7x', 'gke-tpu-topology': '4x4x4'}),
         ('h100:16', 1, 2, 8, {'gke-accelerator': 'nvidia-h100-80gb'}),
+        ('h200:16', 1, 2, 8, {'gke-accelerator': 'nvidia-h200-141gb'}),
     ],
     ids=lambda value: value if isinstance(value, str) else '',
 )
@@ -113,7 +114,7 @@ def test_gke_has_a_pod_a_host(tmp_path, topology, replicas, pods, chips, selecto
     assert job['template']['spec']['parallelism'] == job['template']['spec']['completions'] == pods
     assert found['spec']['failurePolicy']['maxRestarts'] == 3
     assert pod(found)['nodeSelector'] == {f'cloud.google.com/{k}': v for k, v in selector.items()}
-    resource = {'nvidia.com/gpu' if 'h100' in topology else 'google.com/tpu': chips}
+    resource = {'nvidia.com/gpu' if topology.startswith('h') else 'google.com/tpu': chips}
     assert pod(found)['containers'][0]['resources'] == {'requests': resource, 'limits': resource}
     # The pods of a slice must not be spread over several node pools.
     assert ('annotations' in found['metadata']) == ('google.com/tpu' in resource)

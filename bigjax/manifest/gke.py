@@ -23,7 +23,7 @@ TPUS = {
     'v7x': 'tpu7x',
 }
 # The value of cloud.google.com/gke-accelerator.
-GPUS = {'h100': 'nvidia-h100-80gb', 'b200': 'nvidia-b200'}
+GPUS = {'h100': 'nvidia-h100-80gb', 'h200': 'nvidia-h200-141gb', 'b200': 'nvidia-b200'}
 RUNS = PurePosixPath('/runs')  # where a pod sees the share
 PORT = 9876
 

@@ -20,7 +20,9 @@ from pallas_kernels import attention as kernels
 
 KeyValue = tuple[jax.Array, jax.Array]
 
-_on_the_mesh = functools.partial(kernels.shard, batch=BATCH_AXES, heads=LOGICAL_TO_MESH['heads'])
+_HEADS = LOGICAL_TO_MESH['heads']
+_on_the_mesh = functools.partial(kernels.shard, batch=BATCH_AXES, heads=_HEADS)
+_decode_on_the_mesh = kernels.shard_decode(batch=BATCH_AXES, heads=_HEADS)
 
 
 def attention(
@@ -87,15 +89,14 @@ def cached_attention(
         reads them so, and would copy a cache that has heads as a dimension at every call.
       v_BSF: cached values, likewise.
       start_B: int32, how many positions were filled before these queries.
-      impl: as in `attention`; 'auto' is 'xla' on more than one device.
+      impl: as in `attention`.
       features: `window`, `scale` and so on; see `pallas_kernels.attention.decode_attention`.
 
     Returns:
       [B, T, H, D] in q's type.
     """
-    if impl == 'auto' and jax.sharding.get_abstract_mesh().size > 1:
-        impl = 'xla'
-    call = named(kernels.decode_attention, impl, 'attention')
+    decode = kernels.decode_attention if plain(impl) else _decode_on_the_mesh
+    call = named(decode, impl, 'attention')
     lengths_B = start_B.astype(jnp.int32) + q_BTHD.shape[1]
     B, S, D = *k_BSF.shape[:2], q_BTHD.shape[3]
     k_BSKD, v_BSKD = k_BSF.reshape(B, S, -1, D), v_BSF.reshape(B, S, -1, D)

@@ -1,8 +1,8 @@
 """The machines that a plan is made for: peaks, memories and networks of each generation.
 
 Sources. Peak, clock and memory rate: `pallas_kernels.chip`; v4's, and the rates of int8 and fp8:
-cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x} and NVIDIA's H100 and B200 data sheets. HBM of a
-TPU: the "available HBM" that libtpu 0.0.52 names when a program does not fit; of a GPU: what
+cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x} and NVIDIA's data sheets (H100, H200, B200). HBM
+of a TPU: the "available HBM" that libtpu 0.0.52 names when a program does not fit; of a GPU: what
 nvidia-smi calls its total. Links: the same pages give the sum of both directions of all links, 400,
 800 and 1,200 GB/s a chip of v5e, v6e and v5p (v7x too), 4 links on a 2-D and 6 on a 3-D torus;
 v4 has six of 50 GB/s (Jouppi et al. 2023, arXiv:2304.01433, table 4). Network between slices:
@@ -117,6 +117,11 @@ HARDWARE: dict[str, Hardware] = {
         ),
         Hardware(
             **_known('h100'), int8_flops=1979e12, fp8_flops=1979e12, hbm_bytes=int(79.6 * GIB),
+            ici_bytes_per_s=450e9, dimensions=0, dcn_bytes_per_s=50e9, chips_per_host=8,
+            largest=16384,
+        ),
+        Hardware(
+            **_known('h200'), int8_flops=1979e12, fp8_flops=1979e12, hbm_bytes=int(140.4 * GIB),
             ici_bytes_per_s=450e9, dimensions=0, dcn_bytes_per_s=50e9, chips_per_host=8,
             largest=16384,
         ),

@@ -5,6 +5,7 @@ import jax
 from pallas_kernels.attention.arguments import Window, check_arguments
 from pallas_kernels.attention.choice import Implementation, chosen, implementation
 from pallas_kernels.attention.decode import decode_attention
+from pallas_kernels.attention.decode_sharded import shard_decode
 from pallas_kernels.attention.differentiable import RESIDUALS, attend
 from pallas_kernels.attention.sharded import shard
 from pallas_kernels.block_sizes import BlockSizes
@@ -16,6 +17,7 @@ __all__ = [
     'decode_attention',
     'implementation',
     'shard',
+    'shard_decode',
 ]
 
 
@@ -64,7 +66,8 @@ def attention(
         on the positions only, not on `impl`.
       scale: factor on the products; None is 1 / sqrt(D).
       return_lse: whether to return lse too.
-      block_sizes: of the kernels; None chooses by shape and chip.
+      block_sizes: of the TPU's kernels, by `BlockSizes`' rules and within the chip's VMEM; a GPU's
+        reads `kv` alone. None chooses by shape and chip.
       impl: 'reference' (the specification), 'xla' (for a CPU), 'tpu' (Mosaic; interpreted where
         there is no TPU) or 'gpu' (Mosaic GPU). None takes the kernel of the chip at hand if it runs
         these arguments, else 'xla'.

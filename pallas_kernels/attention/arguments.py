@@ -17,6 +17,7 @@ from pallas_kernels.block_sizes import BlockSizes
 
 Window = tuple[int | None, int | None]
 
+FARTHEST = 2**30  # a window as wide hides nothing
 _LETTERS = {'q': 'B, T, H, D', 'k': 'B, S, K, D', 'v': 'B, S, K, V'}
 
 
@@ -110,8 +111,7 @@ def check_arguments(
     if segment_ids is not None and kv_segment_ids is None and T == S:
         kv_segment_ids = segment_ids
     dropout_rate = _check_dropout(dropout_rate, dropout_seed)
-    if block_sizes is not None and not isinstance(block_sizes, BlockSizes):
-        raise wrong('block_sizes', block_sizes, 'must be a BlockSizes or None', 'None')
+    check_block_sizes(block_sizes)
     operands = Operands(
         q,
         k,
@@ -131,6 +131,22 @@ def check_arguments(
         shift=S - T,
     )
     return operands, spec
+
+
+def check_block_sizes(sizes: BlockSizes | None, name: str = 'block_sizes') -> None:
+    """Raises ValueError unless sizes are such as some kernel may take; each has further rules."""
+    if sizes is None:
+        return
+    if not isinstance(sizes, BlockSizes):
+        raise wrong(name, sizes, 'must be a BlockSizes or None', 'None')
+    for field, good in (('q', 512), ('kv', 512), ('sub', 512), ('chunk', 512), ('heads', None)):
+        value = getattr(sizes, field)
+        if value is None and field == 'heads':
+            continue
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            rule = 'must be a Python int >= 1' + (' or None' if field == 'heads' else '')
+            raise wrong(f'{name}.{field}', value, rule, f'{good}')
+    check_block_sizes(sizes.backward, f'{name}.backward')
 
 
 def _check_qkv(q: jax.Array, k: jax.Array, v: jax.Array) -> None:
@@ -225,7 +241,8 @@ def _check_window(window: int | Window | None) -> Window:
     ):
         rule = 'must be None, a Python int >= 0, or a pair (left, right) of these'
         raise wrong('window', window, rule, '(128, 0)')
-    return left_right
+    # Positions are int32, and so are sums of one and a window.
+    return tuple(None if n is None or n >= FARTHEST else int(n) for n in left_right)
 
 
 def _check_softcap(softcap: float | None) -> float | None:

@@ -100,7 +100,7 @@ class Sharded:
             operands = operands._replace(start=self._start(parts, operands))
         operands = vary(operands, varying(operands))
         if parts.kv_heads != parts.heads:
-            heads_K = _kv_heads_here(parts, operands)
+            heads_K = kv_heads_here(parts, operands)
             k_BSKD, v_BSKV = (jnp.take(x, heads_K, axis=2) for x in operands[1:3])
             operands = operands._replace(k_BSKD=k_BSKD, v_BSKV=v_BSKV)
         if not self.axes.context:
@@ -137,7 +137,7 @@ def _summed(gradient, operand, axes):
     return (jax.lax.psum(gradient, tuple(axes)) if axes else gradient).astype(operand.dtype)
 
 
-def _kv_heads_here(parts: Partition, operands: Operands) -> jax.Array:
+def kv_heads_here(parts: Partition, operands: Operands) -> jax.Array:
     """Returns the key-value heads of this device's query heads, where all are at hand.
 
     So few that each serves as many query heads: all of a group's or, where the device holds parts
@@ -155,5 +155,5 @@ def _put_heads(parts: Partition, operands: Operands, gradient_BSKD):
     B, S, K, _ = operands.k_BSKD.shape
     D = gradient_BSKD.shape[3]
     zeros_BSKD = jnp.zeros((B, S, K, D), accumulator(gradient_BSKD.dtype))
-    heads_K = _kv_heads_here(parts, operands)
+    heads_K = kv_heads_here(parts, operands)
     return zeros_BSKD.at[:, :, heads_K].add(gradient_BSKD.astype(zeros_BSKD.dtype))

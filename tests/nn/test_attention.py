@@ -1,5 +1,7 @@
 """The way to the attention kernels: on a mesh, with a cache, and refused by the flag's name."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -58,15 +60,25 @@ def test_batch_and_heads_spread_over_devices_exchange_nothing(impl):
         assert collective not in compiled
 
 
-@pytest.mark.parametrize('impl', ['auto', 'tpu'])
-def test_cached_attention_equals_causal_attention_and_ignores_what_lies_behind(impl):
+@pytest.mark.parametrize(
+    ('impl', 'mesh'),
+    [('auto', None), ('tpu', None), ('auto', 'data=4,tensor=2'), ('tpu', 'data=2,fsdp=2,tensor=2')],
+)
+def test_cached_attention_equals_causal_attention_and_ignores_what_lies_behind(impl, mesh):
     (q_BTHD, k_BSHD, v_BSHD), _ = inputs(7)
     full = attention(q_BTHD, k_BSHD, v_BSHD, causal=True, impl='reference')
     start_B = jnp.array([2, 4])
     queries = jnp.stack([q_BTHD[0, 2:5], q_BTHD[1, 4:7]])
     k_BSHD, v_BSHD = (x.at[0, 5:].set(jnp.nan) for x in (k_BSHD, v_BSHD))
     k_BSF, v_BSF = (x.reshape(*x.shape[:2], -1) for x in (k_BSHD, v_BSHD))
-    got = cached_attention(queries, k_BSF, v_BSF, start_B=start_B, impl=impl)
+    run = jax.jit(functools.partial(cached_attention, impl=impl))
+    if mesh is None:
+        got = run(queries, k_BSF, v_BSF, start_B=start_B)
+    else:  # of two rows, an axis of the batch has nothing to split
+        with jax.set_mesh(sharding.make_mesh(mesh)):
+            got = run(queries, k_BSF, v_BSF, start_B=start_B)
+            text = run.lower(queries, k_BSF, v_BSF, start_B=start_B).as_text()
+        assert ('manual_computation' in text) == (impl == 'tpu')
     np.testing.assert_allclose(got, jnp.stack([full[0, 2:5], full[1, 4:7]]), atol=1e-6)
 
 

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
 
-from pallas_kernels.attention.decode import DecodeSpec, decode_attention
+from pallas_kernels.attention.decode import decode_attention
+from pallas_kernels.attention.decode_arguments import DecodeSpec
 from pallas_kernels.attention.tpu import decode_plan
 from pallas_kernels.chip import CHIPS, Chip
 

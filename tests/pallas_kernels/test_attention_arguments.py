@@ -1,5 +1,7 @@
 """Attention's complaints, word for word: the argument, its value, the rule, a value that works."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,7 @@ import pytest
 
 from pallas_kernels.attention import attention, reference
 from pallas_kernels.attention.arguments import Spec, check_arguments
+from pallas_kernels.block_sizes import BlockSizes
 
 
 def x(*shape, dtype='float32'):
@@ -140,6 +143,26 @@ MESSAGES = [
         'block_sizes=128: must be a BlockSizes or None; try block_sizes=None',
     ),
     (
+        {'block_sizes': BlockSizes(128, 0, 128, 128)},
+        'block_sizes.kv=0: must be a Python int >= 1; try block_sizes.kv=512',
+    ),
+    (
+        {'block_sizes': BlockSizes(128, 128, 128, 128, heads=True)},
+        'block_sizes.heads=True: must be a Python int >= 1 or None; try block_sizes.heads=None',
+    ),
+    (
+        {'block_sizes': BlockSizes(128, 128, 128, 192), 'impl': 'tpu'},
+        'block_sizes.chunk=192: must be a positive multiple of 128; try block_sizes.chunk=256',
+    ),
+    (
+        {
+            'block_sizes': BlockSizes(*[128] * 4, None, BlockSizes(256, 512, 384, 256)),
+            'impl': 'tpu',
+        },
+        'block_sizes.backward.sub=384: must divide block_sizes.backward.kv=512; try '
+        'block_sizes.backward.sub=256',
+    ),
+    (
         {'impl': 'cuda'},
         "impl='cuda': must be 'reference', 'xla', 'tpu', 'gpu' or None; try impl='xla'",
     ),
@@ -167,6 +190,8 @@ def test_what_the_arguments_come_to():
     operands, spec = check_arguments(*GOOD.values(), causal=True, window=7, scale=2)
     assert spec == Spec(True, (7, 7), None, 0.0, 2.0, -1)
     assert (spec.left, spec.right) == (7, 0)
+    # No position is as far away, and int32 holds no sums of such.
+    assert check_arguments(*GOOD.values(), window=(2**40, 2**30 - 1))[1].window == (None, 2**30 - 1)
     ids = np.zeros((2, 6), np.uint8)
     q = GOOD['q']
     operands, _ = check_arguments(
@@ -174,3 +199,22 @@ def test_what_the_arguments_come_to():
     )
     assert operands.kv_segment_ids_BS.dtype == operands.segment_ids_BT.dtype == jnp.int32
     assert operands.dropout_seed == -1
+
+
+@pytest.mark.parametrize('backward', [False, True])
+def test_block_sizes_beyond_the_vmem_of_the_chip_are_refused(backward):
+    small, large = BlockSizes(*[128] * 4), BlockSizes(4096, 4096, 2048, 2048)
+    sizes = dataclasses.replace(small, backward=large) if backward else large
+    q = jax.ShapeDtypeStruct((1, 8192, 2, 128), 'float32')
+
+    def call(q):
+        return attention(q, q, q, block_sizes=sizes, impl='tpu').sum()
+
+    device = jax.sharding.AbstractDevice('TPU7x', 1, 'tpu')
+    mesh = jax.sharding.AbstractMesh((), (), abstract_device=device)
+    name = 'block_sizes.backward' if backward else 'block_sizes'
+    with (
+        jax.sharding.use_abstract_mesh(mesh),
+        pytest.raises(ValueError, match=rf'^{name}=BlockSizes\(q=4096.*try {name}=BlockSizes\('),
+    ):
+        jax.eval_shape(jax.grad(call), q)

@@ -78,21 +78,49 @@ GOOD = BlockSizes(512, 1024, 256, 256)
 
 
 @pytest.mark.parametrize(
-    ('change', 'names'),
+    ('change', 'message'),
     [
-        ({'q': 100}, r'block_sizes\.q .*multiple of 128.*100'),
-        ({'kv': -128}, r'block_sizes\.kv'),
-        ({'sub': 384}, r'block_sizes\.sub=384 must divide block_sizes\.kv=1024'),
-        ({'chunk': 384}, r'block_sizes\.chunk=384 must divide block_sizes\.q=512'),
-        ({'heads': 0}, r'block_sizes\.heads'),
-        ({'q': 512.0}, r'block_sizes\.q'),
-        ({'backward': dataclasses.replace(GOOD, kv=64)}, r'block_sizes\.backward\.kv'),
+        ({'q': 100}, '.q=100: must be a positive multiple of 128; try block_sizes.q=128'),
+        ({'kv': -128}, '.kv=-128: must be a positive multiple of 128; try block_sizes.kv=128'),
+        ({'sub': 384}, '.sub=384: must divide block_sizes.kv=1024; try block_sizes.sub=256'),
+        ({'chunk': 384}, '.chunk=384: must divide block_sizes.q=512; try block_sizes.chunk=256'),
+        ({'heads': 0}, '.heads=0: must be positive or None; try block_sizes.heads=None'),
+        ({'q': 512.0}, '.q=512.0: must be a positive multiple of 128; try block_sizes.q=128'),
+        (
+            {'backward': dataclasses.replace(GOOD, kv=64)},
+            '.backward.kv=64: must be a positive multiple of 128; try block_sizes.backward.kv=128',
+        ),
     ],
 )
-def test_bad_sizes_are_refused_by_name(change, names):
+def test_bad_sizes_are_refused_by_name(change, message):
     block_sizes.check(GOOD)
-    with pytest.raises(ValueError, match=names):
+    with pytest.raises(ValueError, match='; try ') as caught:
         block_sizes.check(dataclasses.replace(GOOD, **change))
+    assert str(caught.value) == f'block_sizes{message}'
+
+
+@pytest.mark.parametrize('backward', [False, True])
+def test_sizes_that_do_not_fit_the_chip_are_refused_with_some_that_do(backward):
+    shape, chip = AttentionShape(1, 16384, 16384, 8, 8, 128, 128), named('v7x')
+    large = BlockSizes(8192, 8192, 2048, 2048, heads=4)
+    with pytest.raises(ValueError, match='bytes of VMEM, and a kernel gets 50331648 on v7x;') as no:
+        block_sizes.check_fit(large, shape, 'float32', chip=chip, backward=backward)
+    name = 'block_sizes' + '.backward' * backward
+    assert str(no.value).startswith(f'{name}=BlockSizes(q=8192, kv=8192, sub=2048, chunk=2048, h')
+    good = eval(str(no.value).partition(f'; try {name}=')[2])
+    block_sizes.check(good)
+    block_sizes.check_fit(good, shape, 'float32', chip=chip, backward=backward)
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    shape=_shapes(), dtype=DTYPES, chip=st.sampled_from(TPUS), logit_bytes=st.sampled_from([0, 8])
+)
+def test_what_is_chosen_may_be_given(shape, dtype, chip, logit_bytes):
+    options = {'logit_bytes': logit_bytes, 'chip': named(chip)}
+    sizes = block_sizes.choose('attention', shape, dtype, **options)
+    for part, backward in ((sizes, False), (sizes.backward, True)):
+        block_sizes.check_fit(part, shape, dtype, backward=backward, **options)
 
 
 def test_rows_of_the_table_can_run():

@@ -39,6 +39,7 @@ def test_an_abstract_device_says_what_it_is_traced_for(chip):
 
 def test_kinds_with_a_memory_size_and_other_names():
     assert chip_lib.from_kind('NVIDIA H100 80GB HBM3').name == 'h100'
+    assert chip_lib.from_kind('NVIDIA H200').name == 'h200'
     assert chip_lib.from_kind('TPU v5p').name == 'v5p'
     # v5 must not be taken for v5 lite, nor an unknown card for its neighbour.
     assert chip_lib.from_kind('TPU v5').name == 'v5p'

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.attention.decode import DecodeSpec, decode_attention
+from pallas_kernels.attention.decode import decode_attention
+from pallas_kernels.attention.decode_arguments import DecodeSpec
 from pallas_kernels.attention.tpu import decode as tpu
 from pallas_kernels.attention.tpu import decode_plan
 from pallas_kernels.block_sizes import BlockSizes
@@ -41,17 +42,18 @@ class Case:
 
 CASES = {
     'plain': Case(),
-    'tokens': Case(T=3, lengths=(0, 2, 3, 35, 48)),
+    'tokens': Case(T=3, D=80, V=80, lengths=(0, 2, 3, 35, 48)),
     'multi-head': Case(H=3, K=3, D=64, V=64),
     'one-key-value-head': Case(H=8, K=1, D=40, V=24, T=2),
     'window': Case(window=9, T=2),
     'window-of-itself': Case(window=0),
-    'softcap-sinks': Case(softcap=2.0, sinks=True, T=2),
+    # No sum of a position and such a window is an int32.
+    'softcap-sinks': Case(softcap=2.0, sinks=True, T=2, D=8, V=8, window=2**31 - 1),
     'everything': Case(
         T=3, H=8, K=4, D=64, V=128, S=45, lengths=(45, 4, 33, 0), dtype='bfloat16', window=20,
         softcap=3.0, sinks=True,
     ),
-    'bfloat16': Case(dtype='bfloat16', H=8, D=32, V=64),
+    'bfloat16': Case(dtype='bfloat16', H=8, D=256, V=64),
 }  # fmt: skip
 
 
@@ -316,7 +318,8 @@ SHAPED = {
 @pytest.mark.parametrize(
     ('wrong', 'message'),
     [
-        ({'q': jnp.zeros((2, 4, 16))}, r'q=float32\[2, 4, 16\]: must be float \[B, T, H, D\]'),
+        ({'q': jnp.zeros((2, 4, 16))}, r'q=float32\[2, 4, 16\]: must be bfloat16, .* \[B, T, H'),
+        ({'k': jnp.zeros((2, 32, 2, 16), 'float8_e4m3fn')}, r'k=float8_e4m3fn.*try k=float32\['),
         ({'k': jnp.zeros((3, 32, 2, 16))}, r'k=float32\[3, .*must have the rows and head size'),
         ({'k': jnp.zeros((2, 32, 3, 16)), 'v': jnp.zeros((2, 32, 3, 16))}, 'its 3 heads must divi'),
         ({'v': jnp.zeros((2, 32, 2, 16), 'bfloat16')}, 'v=bfloat16.* must have the type of k'),
@@ -327,6 +330,8 @@ SHAPED = {
         ({'softcap': 0.0}, 'softcap=0.0: must be > 0'),
         ({'sinks': jnp.zeros(3)}, 'sinks=float32.*must be float of shape'),
         ({'scale': jnp.ones(())}, 'scale=.* must be a finite Python number'),
+        ({'block_sizes': 128}, 'block_sizes=128: must be a BlockSizes or None; try block_s'),
+        ({'block_sizes': dataclasses.replace(BLOCKS, kv=-8)}, 'block_sizes.kv=-8: must be a Pytho'),
         ({'impl': 'gpu'}, "impl='gpu': there is no decode kernel for GPUs; try impl='xla'"),
         ({'impl': 'mps'}, "impl='mps': must be 'reference', 'xla', 'tpu' or None"),
         (

@@ -98,10 +98,19 @@ def test_a_query_whose_keys_the_probe_missed_is_redone(monkeypatch):
     q, k, v = draw(T=256)
     mask = np.zeros((1, 1, 256, 256), bool)
     mask[..., 200:] = True  # the first keys are all hidden
+    mask[:, :, 9] = False  # and to one query all are: its maximum stays -inf
     operands, spec = check_arguments(q, k, v, mask=mask)
     assert_close(run(operands, spec), exact(operands, spec))
     monkeypatch.setattr(forward_edges, 'redo', lambda step: None)
     assert not np.isfinite(run(operands, spec)[0]).all()
+
+
+def test_a_bias_of_minus_infinity_hides_without_redoing(monkeypatch):
+    monkeypatch.setattr(forward_edges, 'redo', lambda step: None)
+    bias = np.zeros((1, 1, 70, 70), np.float32)
+    bias[..., 5, :] = bias[..., :40] = -np.inf
+    operands, spec = check_arguments(*draw(T=70, D=16), bias=bias)
+    assert_close(run(operands, spec), exact(operands, spec))
 
 
 RAGGED = {

@@ -32,6 +32,7 @@ TPUS = [hardware for hardware in HARDWARE.values() if hardware.is_tpu]
         ('h100:4', 'h100:4', 4, 4, 1),
         ('h100:64', 'h100:64', 64, 64, 8),
         ('b200-16', 'b200:16', 16, 16, 2),
+        ('h200:8', 'h200:8', 8, 8, 1),
     ],
 )
 def test_names(text, name, chips, devices, hosts):
@@ -83,7 +84,7 @@ V5P = (
 )
 V5E = 'a slice of v5e is one of 1x1, 2x2, 2x4, 4x4, 4x8, 8x8, 8x16, 16x16'
 FORM = 'must be GENERATION:SIDExSIDE…, SLICES*GENERATION:…, gpu:COUNT or a product name such as'
-KNOWN = 'there are v4, v5e, v5p, v6e, v7x, h100, b200'
+KNOWN = 'there are v4, v5e, v5p, v6e, v7x, h100, h200, b200'
 
 
 @pytest.mark.parametrize(

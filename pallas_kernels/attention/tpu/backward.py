@@ -63,7 +63,7 @@ def backward(
     if interpret is None:
         interpret = chip is None or not chip.is_tpu
     chip = chip if chip is not None and chip.is_tpu else CHIPS['v5e']
-    sizes = _sizes(operands, spec, block_sizes, chip)
+    sizes = _sizes(operands, spec, block_sizes, chip, interpret)
     heads = layout.heads(H, K, D, V, sizes.heads or 1)
     rows_BHT = {'lse': lse_BHT} if dlse_BHT is None else {'lse': lse_BHT, 'dlse': dlse_BHT}
     inputs = _Inputs(
@@ -103,20 +103,20 @@ class _Inputs:
     rows_BHT: dict[str, jax.Array]
 
 
-def _sizes(operands, spec, block_sizes, chip: Chip) -> BlockSizes:
-    if block_sizes is not None and block_sizes.backward is not None:
-        return block_sizes.backward
+def _sizes(operands, spec, given: BlockSizes | None, chip: Chip, interpret) -> BlockSizes:
     (B, T, H, D), (S, K, V) = operands.q_BTHD.shape, operands.v_BSKV.shape[1:]
-    chosen = sizing.choose(
-        'attention',
-        sizing.AttentionShape(B, T, S, H, K, D, V),
-        operands.q_BTHD.dtype,
-        causal=spec.causal,
-        window=spec.window,
-        logit_bytes=_logit_bytes(operands),
-        chip=chip,
-    )
-    return chosen.backward
+    shape, dtype = sizing.AttentionShape(B, T, S, H, K, D, V), operands.q_BTHD.dtype
+    logit_bytes = _logit_bytes(operands)
+    if given is None or given.backward is None:
+        return sizing.choose(
+            'attention', shape, dtype, causal=spec.causal, window=spec.window,
+            logit_bytes=logit_bytes, chip=chip,
+        ).backward  # fmt: skip
+    sizing.check(given)
+    if not interpret:
+        options = {'logit_bytes': logit_bytes, 'backward': True}
+        sizing.check_fit(given.backward, shape, dtype, chip=chip, **options)
+    return given.backward
 
 
 def _logit_bytes(operands: Operands) -> int:

@@ -32,7 +32,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.attention.decode import DecodeSpec
+from pallas_kernels.attention.decode_arguments import DecodeSpec
 from pallas_kernels.attention.tpu.decode_kernel import LOG2_E, kernel
 from pallas_kernels.attention.tpu.decode_plan import (
     LANES,

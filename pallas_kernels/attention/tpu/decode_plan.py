@@ -11,7 +11,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.attention.decode import DecodeSpec
+from pallas_kernels.attention.decode_arguments import DecodeSpec
 from pallas_kernels.chip import CHIPS, Chip, current_chip
 
 LANES = 128

@@ -46,7 +46,7 @@ def forward(
     B, T, H, _ = operands.q_BTHD.shape
     chip = chip_lib.current_chip()
     compiled = chip is not None and chip.is_tpu
-    sizes = block_sizes or _choose(operands, spec, chip)
+    sizes = _sizes(operands, spec, block_sizes, chip)
     heads = layout.heads(H, *operands.k_BSKD.shape[2:], operands.v_BSKV.shape[3], sizes.heads or 1)
     padded = layout.pad(operands, heads)
     blocks = blocks_lib.blocks(operands, spec, sizes.q, sizes.kv)
@@ -70,23 +70,26 @@ def forward(
     return o_BTHV, lse_BH1T[:, :H, 0]
 
 
-def _choose(operands: Operands, spec: Spec, chip: chip_lib.Chip | None) -> BlockSizes:
-    """Block sizes for the call on `chip`."""
+def _sizes(
+    operands: Operands, spec: Spec, given: BlockSizes | None, chip: chip_lib.Chip | None
+) -> BlockSizes:
+    """Block sizes for the call on `chip`: those given, if it can run them."""
     (B, T, H, D), (_, S, K, V) = operands.q_BTHD.shape, operands.v_BSKV.shape
+    shape, dtype = block_sizes_lib.AttentionShape(B, T, S, H, K, D, V), operands.q_BTHD.dtype
     logit_bytes = sum(
         x.dtype.itemsize
         for x in (operands.mask_BHTS, operands.bias_BHTS)
         if x is not None and x.shape[2] > 1 and x.shape[3] > 1
     )
-    return block_sizes_lib.choose(
-        'attention',
-        block_sizes_lib.AttentionShape(B, T, S, H, K, D, V),
-        operands.q_BTHD.dtype,
-        causal=spec.causal,
-        window=spec.window,
-        logit_bytes=logit_bytes,
-        chip=chip,
-    )
+    if given is None:
+        return block_sizes_lib.choose(
+            'attention', shape, dtype, causal=spec.causal, window=spec.window,
+            logit_bytes=logit_bytes, chip=chip,
+        )  # fmt: skip
+    block_sizes_lib.check(given)
+    if chip is not None and chip.is_tpu:
+        block_sizes_lib.check_fit(given, shape, dtype, chip=chip, logit_bytes=logit_bytes)
+    return given
 
 
 def _diagonal(operands: Operands, spec: Spec, blocks: blocks_lib.Blocks) -> bool:

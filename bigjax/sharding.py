@@ -45,6 +45,7 @@ ACTIVATIONS = {
     'embed': ('fsdp',),
     'experts': ('expert',),
     'stages': ('stage',),
+    'width': ('tensor',),  # where positions stay whole: of what experts read and give
 }
 
 # What a model must have, or devices along such an axis would all compute the same.

@@ -24,9 +24,8 @@ slow = pytest.mark.slow
     [
         pytest.param(DROPS | {'mesh': 'data=2,expert=2,tensor=2'}, marks=slow),
         DROPS | {'mesh': 'context=2,expert=4'},
-        pytest.param(DROPS | {'mesh': 'data=2,expert=4'}, marks=slow),
         pytest.param(DROPS | {'mesh': 'fsdp=4,expert=2', 'experts_per_token': 1}, marks=slow),
-        pytest.param({'experts': 8, 'mesh': 'expert=8', 'scan': True}, marks=slow),
+        pytest.param(DROPS | {'mesh': 'data=2,expert=4', 'scan': True}, marks=slow),
         pytest.param(
             DROPS | {'mesh': 'context=2,expert=2,tensor=2', 'context': 'gather'}, marks=slow
         ),

@@ -189,11 +189,6 @@ def test_no_step_keeps_parameters(remat):
             marks=pytest.mark.slow,
         ),
         pytest.param(
-            {'mesh': 'stage=2,data=2,tensor=2', 'microbatches': 1},
-            id='one_microbatch',
-            marks=pytest.mark.slow,
-        ),
-        pytest.param(
             {'mesh': 'stage=4,data=2', 'microbatches': 2, 'remat': 'dots_no_batch'},
             id='fewer_microbatches_than_stages',
             marks=pytest.mark.slow,

@@ -10,9 +10,8 @@ Losses, gradients, weights and the metrics of evaluation are such sums. Predicti
 made of them (BLEU, spans' F1), and generated texts, may differ between numbers of devices where two
 outcomes are nearly alike.
 
-A step on a CPU took 0.8 to 1.5 times as long on one device and 0.7 to 1.2 times on eight, whose
-eight shards are one program each (`python tests/deterministic_cost.py cnn 1`, and `gpt2`, `8`; a
-busy machine, which tells no more).
+A step on a CPU took 0.8 to 1.5 times as long on one device and 0.7 to 1.2 times on eight (by
+`python tests/deterministic_cost.py`, a CNN and a GPT; on a busy machine, which tells no more).
 """
 
 import math

@@ -5,6 +5,13 @@ same program whichever device holds it, and their results are added over one fix
 ((0 + 1) + (2 + 3)) + ((4 + 5) + (6 + 7)). A device adds up the shards it holds; then each pair of
 devices whose numbers differ in one bit exchange and add, lowest bit first. Addition is commutative,
 so both get the same bits, and no backend chooses an order of its own.
+
+Losses, gradients, weights and the metrics of evaluation are such sums. Predictions are none: scores
+made of them (BLEU, spans' F1), and generated texts, may differ between numbers of devices where two
+outcomes are nearly alike.
+
+A step on a CPU took 0.8 to 1.5 times as long on one device and 0.7 to 1.2 times on eight (by
+`python tests/deterministic_cost.py`, a CNN and a GPT; on a busy machine, which tells no more).
 """
 
 import math

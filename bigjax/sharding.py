@@ -45,6 +45,14 @@ ACTIVATIONS = {
     'embed': ('fsdp',),
     'experts': ('expert',),
     'stages': ('stage',),
+    'width': ('tensor',),  # where positions stay whole: of what experts read and give
+}
+
+# What a model must have, or devices along such an axis would all compute the same.
+_SHARED = {
+    'stage': 'a stack of equal layers',
+    'expert': 'experts',
+    'tensor': 'heads, hidden layers, channels or a vocabulary',
 }
 
 Rule = tuple[str, tuple[str | None, ...] | str]
@@ -145,17 +153,18 @@ def state_shardings(state: Any, rules: Sequence[Rule], mesh: Mesh) -> Any:
     which has its shape is placed like that parameter; everything else is replicated.
 
     Raises:
-      UsageError: as in `parameter_specs`, or stages that have no layers.
+      UsageError: as in `parameter_specs`, or a model has nothing that an axis of the mesh
+        shares out.
     """
     leaves = jax.tree_util.tree_leaves_with_path(state.params)
     shapes = {path_string(path): leaf.shape for path, leaf in leaves}
     specs = parameter_specs(shapes, rules, mesh)
-    stage = LOGICAL_TO_MESH['layers']
-    if mesh.shape.get(stage, 1) > 1 and not any(stage in spec for spec in specs.values()):
-        raise UsageError(
-            f'--mesh={mesh_text(mesh.shape)}: scanned layers are what the {mesh.shape[stage]} '
-            f'stages share, and this model has none; try --scan, or --mesh=data=-1'
-        )
+    for axis, what in _SHARED.items():
+        if mesh.shape[axis] > 1 and not any(axis in spec for spec in specs.values()):
+            raise UsageError(
+                f'--mesh={mesh_text(mesh.shape)}: {axis}={mesh.shape[axis]} shares out {what}, and '
+                f'this model has none; try --mesh={mesh_text({**mesh.shape, axis: 1, "data": -1})}'
+            )
 
     def sharding(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
         parts = path_string(path).split('/')

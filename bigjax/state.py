@@ -12,6 +12,7 @@ import optax
 from bigjax import deterministic, offload, sharding
 from bigjax.data.pipeline import train_batches
 from bigjax.experiment import Experiment
+from bigjax.nn import context
 from bigjax.nn.pipeline import stages
 from bigjax.task import Task
 
@@ -133,6 +134,8 @@ def setup(experiment: Experiment, devices: Sequence[Any] | None = None) -> Setup
         deterministic.check(run, mesh)
     sharding.batch_part(mesh)  # Raises where processes would share some rows.
     with jax.set_mesh(mesh):  # Models say what does not fit it.
+        if not experiment.task.splits_positions:
+            context.refuse()
         abstract = jax.eval_shape(make_init(experiment.task, experiment.optimizer, run.seed))
     placed = sharding.state_shardings(abstract, experiment.rules, mesh)
     if run.offload == 'optimizer':

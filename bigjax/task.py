@@ -41,6 +41,7 @@ class Task(NamedTuple):
       decoder: how to generate, for language models.
       predict: (params, extra, batch) -> `{name: array}`, each with the rows of the batch in front:
         what `Experiment.score` scores, where a score is no sum over rows (BLEU, span F1).
+      splits_positions: whether the loss can be computed in the order of `bigjax.nn.context`.
     """
 
     init: Callable[[jax.Array], dict[str, Any]]
@@ -51,6 +52,7 @@ class Task(NamedTuple):
     class_names: tuple[str, ...] = ()
     decoder: Decoder | None = None
     predict: Callable[[Any, Any, Batch], dict[str, jax.Array]] | None = None
+    splits_positions: bool = False
 
 
 def apply(

@@ -30,13 +30,21 @@ slow = pytest.mark.slow
     [
         {'mesh': 'data=2,context=2,tensor=2', 'context': 'ring', 'kv_heads': 2},
         {'mesh': 'data=2,context=4', 'context': 'gather', 'kv_heads': 2},
-        pytest.param({'mesh': 'fsdp=4,context=2', 'context': 'gather'}, marks=slow),
-        pytest.param({'mesh': 'fsdp=2,context=4', 'context': 'ring'}, marks=slow),
-        pytest.param({'mesh': 'context=8', 'context': 'ring', 'kv_heads': 1}, marks=slow),
-        pytest.param({'mesh': 'context=8', 'context': 'gather'}, marks=slow),
+        pytest.param({'mesh': 'context=8', 'context': 'ring', 'kv_heads': 2}, marks=slow),
         pytest.param(
-            {'mesh': 'data=2,context=2,tensor=2', 'scan': True, 'remat': 'full', 'accumulate': 2},
+            {
+                'mesh': 'fsdp=4,context=2',
+                'context': 'gather',
+                'kv_heads': 2,
+                'scan': True,
+                'remat': 'full',
+                'accumulate': 2,
+            },
             marks=slow,
+        ),
+        # Learned positions, which are put in the order of the ring; biases.
+        pytest.param(
+            {'name': 'gpt2', 'mesh': 'data=2,context=2,tensor=2', 'dropout': 0.0}, marks=slow
         ),
     ],
     ids=lambda knobs: '-'.join(map(str, knobs.values())),
@@ -138,11 +146,17 @@ def test_gathering_brings_keys_and_values_twice_and_their_gradients_back():
         (
             'bert',
             {'mesh': 'data=4,context=2', 'batch': 8, 'dataset': TINY['dataset']},
-            '--mesh=data=4,context=2: only decoder-only models split positions over context; '
+            '--mesh=data=4,context=2: only decoder-only transformers split positions over context; '
             'try --mesh=data=-1',
         ),
+        (
+            'rnn_lm',  # It would read its text in the order of a ring.
+            {'mesh': 'fsdp=4,context=2', 'batch': 8, 'dataset': TINY['dataset']},
+            '--mesh=fsdp=4,context=2: only decoder-only transformers split positions over context; '
+            'try --mesh=data=-1,fsdp=4',
+        ),
     ],
-    ids=['length', 'short', 'encoder'],
+    ids=['length', 'short', 'encoder', 'recurrent'],
 )
 def test_what_does_not_fit_is_refused_before_anything_is_compiled(name, knobs, message):
     with pytest.raises(UsageError) as error:

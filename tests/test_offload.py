@@ -3,9 +3,11 @@
 import jax
 import numpy as np
 import pytest
+import same_model
 import toy
 
 from bigjax import offload, optimizers, sharding
+from bigjax.plan.program.compiled import Request, compile_step, libtpu_missing
 from bigjax.run import UsageError
 from bigjax.state import setup
 
@@ -53,6 +55,25 @@ def test_what_a_device_holds_is_told_without_what_the_host_holds():
         held[kind] = sharding.bytes_per_device(plan.abstract, plan.shardings)
         own = sharding.bytes_per_device(plan.abstract.params, plan.shardings.params)
     assert held['optimizer'] < held['none'] - 1.5 * own  # Two moments of each parameter.
+
+
+@pytest.mark.slow
+def test_a_tpu_keeps_moments_and_what_enters_blocks_in_the_hosts_memory(tmp_path):
+    if missing := libtpu_missing():
+        pytest.skip(missing)
+    knobs = same_model.TINY | {
+        'mesh': 'fsdp=4', 'offload': 'optimizer', 'scan': True, 'remat': 'offload_inputs',
+        'attention': 'xla', 'width': 256, 'heads': 2, 'kv_heads': 2, 'seq': 128,
+    }  # fmt: skip
+    found = compile_step(Request('llama', knobs, 'v5e:2x2'), tmp_path, 300).memory
+    moments = 2 * found['state']['parameters']
+    assert moments > 2**20
+    # Tiles of 8 x 128 are filled up.
+    assert moments <= found['host_argument_size'] < 1.5 * moments
+    assert found['host_output_size'] == found['host_argument_size']
+    assert found['state']['optimizer'] < 64  # counts of steps
+    inputs = 2 * 16 // 4 * 128 * 256 * 4  # of two layers, float32
+    assert inputs <= found['host_temp_size'] < 2 * inputs, found
 
 
 class Device:

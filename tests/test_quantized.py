@@ -134,13 +134,15 @@ def test_every_dense_layer_is_rounded_and_parameters_are_the_same(make, how, lay
     assert len(small) == layers * SMALL['depth']
 
 
-def loss_and_gradient(params, **options):
+@functools.cache
+def loss_and_gradient(**options):
+    """Returns the function of parameters and tokens, compiled once for each shape and mesh."""
     model = GPT(matmul='int8', **SMALL, **options)
 
-    def loss(params):
-        return jnp.square(model.apply({'params': params}, TOKENS, train=True)).mean()
+    def loss(params, tokens):
+        return jnp.square(model.apply({'params': params}, tokens, train=True)).mean()
 
-    return jax.jit(jax.value_and_grad(loss))(params)
+    return jax.jit(jax.value_and_grad(loss))
 
 
 @pytest.fixture(scope='module')
@@ -148,7 +150,7 @@ def alone():
     """Returns parameters, and the loss and gradient of a decoder in int8 on one device."""
     model = GPT(**SMALL)
     params = jax.jit(model.init)(jax.random.key(0), TOKENS)['params']
-    return params, *loss_and_gradient(params)
+    return params, *loss_and_gradient()(params, TOKENS)
 
 
 def check_same(found, wanted):
@@ -160,19 +162,30 @@ def check_same(found, wanted):
 
 def test_scanned_and_recomputed_is_the_same(alone):
     params, loss, gradient = alone
-    other = loss_and_gradient(stack_layers(params), scan=True, remat='full')
+    other = loss_and_gradient(scan=True, remat='full')(stack_layers(params), TOKENS)
     check_same(other, (loss, stack_layers(gradient)))
 
 
-def test_on_a_mesh_it_is_the_same(alone):
-    params, *wanted = alone
-    mesh = sharding.make_mesh('data=2,fsdp=2,tensor=2')
+def on_a_mesh(text, params, **options):
+    mesh = sharding.make_mesh(text)
     paths = jax.tree_util.tree_map_with_path(lambda path, _: sharding.path_string(path), params)
     specs = jax.tree.map(lambda p, x: sharding.spec_for(p, x.shape, gpt.RULES, mesh), paths, params)
     where = jax.tree.map(lambda spec: jax.NamedSharding(mesh, spec), specs)
     with jax.set_mesh(mesh):
-        found = loss_and_gradient(jax.device_put(params, where))
-    check_same(found, wanted)
+        return loss_and_gradient(**options)(jax.device_put(params, where), TOKENS)
+
+
+def test_on_a_mesh_it_is_the_same(alone):
+    params, *wanted = alone
+    check_same(on_a_mesh('data=2,fsdp=2,tensor=2', params), wanted)
+
+
+def test_in_a_pipeline_each_microbatch_has_scales_of_its_own(alone):
+    params, *_ = alone
+    parts = [loss_and_gradient()(params, TOKENS[m::2]) for m in range(2)]
+    loss, gradient = jax.tree.map(lambda *x: sum(x) / 2, *parts)
+    found = on_a_mesh('stage=2,data=4', stack_layers(params), scan=True)
+    check_same(found, (loss, stack_layers(gradient)))
 
 
 @pytest.fixture(scope='module')

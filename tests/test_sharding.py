@@ -191,6 +191,25 @@ def test_the_optimizer_state_lies_with_its_parameter(optim, copies):
     assert set(found.values()) == {copies}
 
 
+@pytest.mark.parametrize(
+    ('axis', 'what'),
+    [
+        ('stage', 'a stack of equal layers'),
+        ('expert', 'experts'),
+        ('tensor', 'heads, hidden layers, channels or a vocabulary'),
+    ],
+)
+def test_devices_that_would_all_compute_the_same_are_refused(axis, what):
+    state = State(jnp.int32(0), {'kernel': np.ones((8, 8))}, ())
+    with pytest.raises(UsageError) as error:
+        sharding.state_shardings(state, (('.*', 'largest'),), mesh(data=2, fsdp=2, **{axis: 2}))
+    text = mesh_text(parse_mesh(f'data=2,fsdp=2,{axis}=2', 8))
+    assert str(error.value) == (
+        f'--mesh={text}: {axis}=2 shares out {what}, and this model has none; '
+        f'try --mesh=data=-1,fsdp=2'
+    )
+
+
 def test_muon_state_lies_with_its_parameter():
     optimizer, _ = make_optimizer(Optim(optimizer='muon'), steps=1000)
     state = jax.eval_shape(lambda p: State(jnp.int32(0), p, optimizer.init(p)), PARAMS)

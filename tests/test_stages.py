@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import same_model
-import toy
 
 from bigjax import experiment, sharding
 from bigjax.checkpoint import Checkpoints
@@ -190,11 +189,6 @@ def test_no_step_keeps_parameters(remat):
             marks=pytest.mark.slow,
         ),
         pytest.param(
-            {'mesh': 'stage=2,data=2,tensor=2', 'microbatches': 1},
-            id='one_microbatch',
-            marks=pytest.mark.slow,
-        ),
-        pytest.param(
             {'mesh': 'stage=4,data=2', 'microbatches': 2, 'remat': 'dots_no_batch'},
             id='fewer_microbatches_than_stages',
             marks=pytest.mark.slow,
@@ -363,12 +357,3 @@ def test_what_stages_cannot_do_is_refused_before_anything_is_compiled(knobs, mes
     with pytest.raises(UsageError) as error:
         check()
     assert str(error.value).startswith(message)
-
-
-def test_a_model_without_layers_is_refused():
-    with pytest.raises(UsageError) as error:
-        setup(toy.build(mesh='stage=2,data=4')[0])
-    assert str(error.value) == (
-        '--mesh=stage=2,data=4: scanned layers are what the 2 stages share, and this model has '
-        'none; try --scan, or --mesh=data=-1'
-    )

@@ -13,7 +13,6 @@ from same_model import losses, same_losses
     [
         ('llama', {'mesh': 'data=8'}),
         ('llama', {'mesh': 'fsdp=8'}),
-        ('llama', {'mesh': 'data=2,tensor=4'}),
         ('llama', {'mesh': 'fsdp=4,tensor=2', 'scan': True, 'remat': 'full'}),
         ('llama', {'mesh': 'data=2,fsdp=2,tensor=2', 'accumulate': 2, 'remat': 'save_out'}),
         ('llama', {'mesh': 'fsdp=2,tensor=4', 'scan': True, 'remat': 'minimal',

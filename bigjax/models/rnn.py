@@ -13,7 +13,8 @@ from bigjax.nn.linear import Dense
 from bigjax.nn.recurrent import GATES, Cell, RecurrentStack
 
 RULES = (
-    (r'embed/embedding$', ('vocab', 'embed')),
+    # Not along the vocabulary: the layers, which are the work, have nothing that tensor shares out.
+    (r'embed/embedding$', (None, 'embed')),
     (r'layer_\d+/\w+_kernel$', ('embed', None)),
     (r'layer_\d+/\w+_bias$', (None,)),
     (r'head/kernel$', ('embed', None)),

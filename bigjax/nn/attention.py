@@ -10,8 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from bigjax.mesh import mesh_text
-from bigjax.nn.context import CONTEXT, context_size
+from bigjax.nn.context import CONTEXT, context_size, refuse
 from bigjax.nn.implementation import Implementation, named, plain
 from bigjax.run import UsageError
 from bigjax.sharding import BATCH_AXES, LOGICAL_TO_MESH
@@ -58,11 +57,7 @@ def attention(
     """
     if context_size() > 1:
         if context is None:
-            mesh = mesh_text(jax.sharding.get_abstract_mesh().shape)
-            raise UsageError(
-                f'--mesh={mesh}: only decoder-only models split positions over {CONTEXT}; '
-                f'try --mesh=data=-1'
-            )
+            refuse()
         call = _on_the_mesh(context=CONTEXT, layout='zigzag', exchange=context)
     else:
         call = kernels.attention if plain(impl) else _on_the_mesh()

@@ -52,6 +52,13 @@ def _large(mesh: Any) -> bool:
     return any(mesh.shape[a] > 1 for a, kind in kinds if kind == jax.sharding.AxisType.Auto)
 
 
+def both_ways(
+    x: jax.Array, there: tuple[str | None, ...], back: tuple[str | None, ...]
+) -> jax.Array:
+    """Returns `x` as `constrain` places it by the names `there`, its gradient by those `back`."""
+    return _both_ways(x, there, back) if _mesh_is_large() else x
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def _both_ways(x: jax.Array, there: tuple[str | None, ...], back: tuple[str | None, ...]):
     return constrain(x, *there)
@@ -70,9 +77,7 @@ def enter(x_BTC: jax.Array, rows: str = 'batch') -> jax.Array:
     gives is gathered here, and its gradient, a sum over these axes, scattered: g of Korthikanti et
     al. 2022 (arXiv:2205.05198, §4.2.2). `rows` is the name of B.
     """
-    if not _mesh_is_large():
-        return x_BTC
-    return _both_ways(x_BTC, (rows, 'length', None), (rows, 'sequence', None))
+    return both_ways(x_BTC, (rows, 'length', None), (rows, 'sequence', None))
 
 
 def leave(x_BTC: jax.Array) -> jax.Array:
@@ -81,9 +86,7 @@ def leave(x_BTC: jax.Array) -> jax.Array:
     It is a sum over the axes that split heads and hidden layer, which is scattered; its gradient is
     gathered: the conjugate of `enter`.
     """
-    if not _mesh_is_large():
-        return x_BTC
-    return _both_ways(x_BTC, ('batch', 'sequence', None), ('batch', 'length', None))
+    return both_ways(x_BTC, ('batch', 'sequence', None), ('batch', 'length', None))
 
 
 def _mesh_is_large() -> bool:

@@ -21,6 +21,16 @@ def context_size() -> int:
     return jax.sharding.get_abstract_mesh().shape.get(CONTEXT, 1)
 
 
+def refuse() -> None:
+    """Raises UsageError where the mesh that is set splits positions, for what needs them all."""
+    if context_size() > 1:
+        sizes = jax.sharding.get_abstract_mesh().shape
+        raise UsageError(
+            f'--mesh={mesh_text(sizes)}: only decoder-only transformers split positions over '
+            f'{CONTEXT}; try --mesh={mesh_text({**sizes, CONTEXT: 1, "data": -1})}'
+        )
+
+
 def sequence_order(length: int) -> np.ndarray | None:
     """Returns which position lies at each place of a sequence; None where all are in order.
 

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bigjax.nn.constrain import constrain
+from bigjax.nn.constrain import both_ways, constrain
 from bigjax.nn.context import context_size, sequence_order
 from bigjax.run import UsageError
 
@@ -77,15 +77,13 @@ class Routes(NamedTuple):
     """Where the tokens of B rows go.
 
     Attributes:
-      source_BES: int32, which token a slot holds.
-      filled_BES: bool, whether it holds one.
+      source_BES: int32, which token a slot holds; an empty one, any.
       slot_BTK: int32, which of an expert's slots a token has, in its K experts each.
       expert_BTK: int32, the K experts of a token, the most probable first.
       kept_BTK: bool, false where that expert had no slot left.
     """
 
     source_BES: jax.Array
-    filled_BES: jax.Array
     slot_BTK: jax.Array
     expert_BTK: jax.Array
     kept_BTK: jax.Array
@@ -129,8 +127,7 @@ def route(
     place_BES = jnp.minimum(slot_BES, T * K - 1).reshape(B, -1)
     source_BES = jnp.take_along_axis(order_BP, place_BES, axis=1).reshape(slot_BES.shape) // K
     slot_BTK = rank_BP.reshape(B, T, K)
-    filled_BES = jnp.arange(slots)[None, None] < count_BE[:, :, None]
-    return Routes(source_BES, filled_BES, slot_BTK, expert_BTK, slot_BTK < slots)
+    return Routes(source_BES, slot_BTK, expert_BTK, slot_BTK < slots)
 
 
 class MoE(nn.Module):
@@ -193,7 +190,10 @@ class MoE(nn.Module):
         )
         out_BESC = _exchange(each(self.make_expert(name='experts'), in_BESC), sent=False)
         weight_BTK = jnp.where(routes.kept_BTK, weight_BTK, 0).astype(x_BTC.dtype)
-        return jnp.einsum('btkc,btk->btc', _fetched(out_BESC, routes, slots), weight_BTK)
+        # Placed as their sum is, before it goes elsewhere: else all K outputs of a token would.
+        weight_BTK = constrain(weight_BTK, 'batch', 'length', None)
+        y_BTC = jnp.einsum('btkc,btk->btc', _fetched(out_BESC, routes, slots), weight_BTK)
+        return both_ways(y_BTC, ('batch', 'length', 'width'), ('batch', 'length', None))
 
     def _sow(self, routes: Routes, logits_BTE: jax.Array, probability_BTE: jax.Array) -> None:
         experts, (B, T, K) = self.routing.experts, routes.expert_BTK.shape
@@ -218,34 +218,40 @@ class MoE(nn.Module):
 
 
 def _dispatched(x_BTC: jax.Array, routes: Routes) -> jax.Array:
-    """Returns the tokens in the slots of all experts [B, E, S, C], zeros in empty ones.
+    """Returns the tokens in the slots of all experts [B, E, S, C].
 
+    What an empty slot holds is read by its expert and by nobody after it, so it has no gradient.
     Devices that share positions share slots, of which empty ones are added until all have as many.
     """
-    x_BTC = constrain(x_BTC, 'batch', None, None)
-    more = ((0, 0), (0, 0), (0, -routes.filled_BES.shape[2] % context_size()))
-    place = ('batch', None, 'length')
-    source_BES = constrain(jnp.pad(routes.source_BES, more), *place)
-    filled_BES = constrain(jnp.pad(routes.filled_BES, more), *place)
-    in_BESC = jax.vmap(lambda x_TC, source_ES: x_TC[source_ES])(x_BTC, source_BES)
-    return in_BESC * filled_BES[..., None]
+    x_BTC = both_ways(x_BTC, ('batch', None, None), ('batch', 'length', 'width'))
+    more = ((0, 0), (0, 0), (0, -routes.source_BES.shape[2] % context_size()))
+    source_BES = constrain(jnp.pad(routes.source_BES, more), 'batch', None, 'length')
+    return jax.vmap(lambda x_TC, source_ES: x_TC[source_ES])(x_BTC, source_BES)
 
 
 def _exchange(x_BESC: jax.Array, *, sent: bool) -> jax.Array:
-    """Moves slots from the devices of their rows to those of their experts, or back."""
-    ways = ('batch', None, 'length', None), ('expert_rows', 'experts', 'length', None)
+    """Moves slots from the devices of their rows to those of their experts, or back.
+
+    Experts need the whole width of what they read; what they give, and the gradient that they give
+    back, are sums over the devices that share an expert's hidden layer. Each takes the sum of its
+    part of the width, and no more of it travels.
+    """
+    ways = ('batch', None, 'length'), ('expert_rows', 'experts', 'length')
     for names in ways if sent else reversed(ways):
-        x_BESC = constrain(x_BESC, *names)
+        read, given = (*names, None), (*names, 'width')
+        x_BESC = both_ways(x_BESC, *((read, given) if sent else (given, read)))
     return x_BESC
 
 
 def _fetched(out_BESC: jax.Array, routes: Routes, slots: int) -> jax.Array:
     """Returns the outputs of its experts for every token [B, T, K, C]; of a dropped one, any."""
-    out_BESC = constrain(out_BESC, 'batch', None, None, None)
+    rows = 'batch', None, None
+    out_BESC = both_ways(out_BESC, (*rows, 'width'), (*rows, None))
     expert_BTK = constrain(routes.expert_BTK, 'batch', 'length', None)
     slot_BTK = constrain(jnp.minimum(routes.slot_BTK, slots - 1), 'batch', 'length', None)
     fetch = jax.vmap(lambda out_ESC, expert_TK, slot_TK: out_ESC[expert_TK, slot_TK])
-    return constrain(fetch(out_BESC, expert_BTK, slot_BTK), 'batch', 'length', None, None)
+    o_BTKC, tokens = fetch(out_BESC, expert_BTK, slot_BTK), ('batch', 'length', None)
+    return both_ways(o_BTKC, (*tokens, 'width'), (*tokens, None))
 
 
 def sown(variables: dict[str, Any]) -> tuple[jax.Array, dict[str, tuple[jax.Array, jax.Array]]]:

@@ -62,7 +62,11 @@ def causal_lm(
             metrics['bits_per_byte'] = (nats / jnp.log(2.0), jnp.sum(byte_counts * real_BT))
         return nats / jnp.maximum(weight, 1.0) + sown_loss, (extra, metrics)
 
-    return Task(init, loss, 'tokens', length, 3 * forward_flops, decoder=decoder)
+    # A model that says how it sees positions on other devices takes them in any order.
+    splits = hasattr(model, 'context')
+    return Task(
+        init, loss, 'tokens', length, 3 * forward_flops, decoder=decoder, splits_positions=splits
+    )
 
 
 def _placed(tokens_BT: jax.Array) -> jax.Array:

@@ -47,7 +47,6 @@ def closed_form(
     if not isinstance(model, DecoderLM):
         return _of_state(experiment, topology, devices)
     _check_model(experiment, devices)
-    flash = model.attention_impl != 'xla'
     experts = bool(model.routing.experts)
     saved, offloaded = policy(model.remat, experts=experts)
     step = Step(
@@ -64,7 +63,7 @@ def closed_form(
         microbatches=model.microbatches,
         context=model.context,
         matmul=model.matmul,
-        flash=flash,
+        attention=_attention(model),
         slots=optimizer_slots(experiment) if slots is None else slots,
         offload=run.offload == 'optimizer',
     )
@@ -106,6 +105,13 @@ def optimizer_slots(experiment: Experiment) -> float:
     params = jax.eval_shape(model.init, jax.random.key(0), tokens)['params']
     state = jax.eval_shape(experiment.optimizer.init, params)
     return _bytes(state) / _bytes(params)
+
+
+def _attention(model: Any) -> str:
+    """Returns what a decoder's attention is computed by: kernels, where it takes their arrays."""
+    named = model.attention_impl
+    heads = shape_of(model).head_dim
+    return named if named in ('xla', 'reference') else 'kernel' if heads >= 8 else 'xla'
 
 
 def _bytes(tree: Any) -> int:

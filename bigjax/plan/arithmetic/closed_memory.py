@@ -88,7 +88,7 @@ def block_bytes(shape: Shape, step: Step) -> float:
     made = kept_bytes(shape, step, tokens)
     stream = tokens * shape.width * step.item
     scores = 0.0
-    if not step.flash:
+    if step.attention != 'kernel':
         scores = 2 * tokens * step.length * shape.heads / step.size(TENSOR) * 4
     return made['qkv'] + made['context'] + 2 * made['mlp_in'] + 4 * stream + scores
 

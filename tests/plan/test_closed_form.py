@@ -1,6 +1,7 @@
 """The plan by arithmetic, against hand-computed cases and against the models themselves."""
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -26,6 +27,8 @@ from bigjax.plan.topology import parse
 SHAPE = Shape(
     layers=4, width=64, heads=8, kv_heads=4, head_dim=16, hidden=96, vocab=256, tied=False
 )
+# Of four layers.
+MATRICES = 4 * (64 * 16 * (8 + 4 + 4 + 8) + 3 * 64 * 96)
 POLICIES = ('none', 'full', 'save_attention', 'save_qkv', 'save_out', 'minimal', 'dots',
             'dots_no_batch')  # fmt: skip
 
@@ -176,13 +179,16 @@ def test_fsdp_gathers_parameters_twice_and_spreads_gradients_once():
     block = (64 * 8 * 16 * 2 + 64 * 4 * 16 * 2 + 3 * 64 * 96) * 2
     tables = 2 * 256 * 64
     gathers = 2 * block + 2 * (2 * 64 * 4) + tables * 2 + 64 * 4
-    scatters = block + 2 * 64 * 4 + tables * 4 + 64 * 4
-    assert sent(shape, how, 'fsdp') == {
-        ('all-gather', 'parameters'): gathers * 15 / 16,
-        ('reduce-scatter', 'gradients'): scatters * 15 / 16,
-    }
+    whole = 3 * 64 * 4 + tables // 2 * (4 + 2)  # norms, and two tables, one in bfloat16
+    assert sent(shape, how, 'fsdp') == pytest.approx(
+        {
+            ('all-gather', 'parameters'): gathers * 15 / 16,
+            ('reduce-scatter', 'gradients'): block * 15 / 16,
+            ('all-reduce', 'gradients'): whole * 2 * 15 / 16,
+        }
+    )
     twice = sent(shape, dataclasses.replace(how, accumulate=2), 'fsdp')
-    assert twice['all-gather', 'parameters'] == 2 * gathers * 15 / 16
+    assert twice['all-gather', 'parameters'] == pytest.approx(2 * gathers * 15 / 16)
     # Projections that are computed again are needed once more for their gradients.
     again = sent(shape, step('fsdp=16', saved=frozenset()), 'fsdp')
     projections = (64 * 8 * 16 + 2 * 64 * 4 * 16) * 2
@@ -193,7 +199,28 @@ def test_many_devices_sum_gradients_whole():
     few, many = step('fsdp=16'), step('fsdp=256', 'v5e:16x16', batch=256)
     spread = sent(SHAPE, few, 'fsdp')['reduce-scatter', 'gradients'] / (15 / 16)
     summed = sent(SHAPE, many, 'fsdp')['all-reduce', 'gradients'] / (255 / 256)
-    assert summed == pytest.approx(2 * spread)
+    always = 9 * 64 * 4 + 256 * 64 * (4 + 2)  # norms and tables
+    assert summed == pytest.approx(2 * spread + 2 * always)
+
+
+def test_with_enough_to_compute_rings_send_more_than_they_need():
+    """17 parts of 16, where 15 would do, of what serves one product; few devices write it out."""
+    how = functools.partial(step, topology='v5e:4x4', batch=1024, saved=frozenset())
+    norms = 4 * 2 * 2 * 64 * 4 + 64 * 4
+    tables, attention, mlp = 2 * 256 * 64, 64 * 16 * (8 + 4 + 4), 2 * 64 * 96
+    out, down = 64 * 16 * 8, 64 * 96
+    # Computed again, only what is gathered for that and for the gradient at once is no ring.
+    plain, rings = 4 * 2 * (out + mlp), 4 * 2 * (3 * attention + out + mlp + 2 * down)
+    assert sent(SHAPE, how('fsdp=16'), 'fsdp')['all-gather', 'parameters'] == pytest.approx(
+        (plain + norms + 2 * tables) * 15 / 16 + rings * 17 / 16
+    )
+    # Along with a tensor axis: of what makes the stream forward, and of what reads it backward.
+    plain, rings = 4 * 2 * (attention + 2 * out + mlp + down), 4 * 2 * (2 * attention + mlp + down)
+    assert sent(SHAPE, how('fsdp=8,tensor=2'), 'fsdp')['all-gather', 'parameters'] == (
+        pytest.approx((plain / 2 + norms + tables) * 7 / 8 + rings / 2 * 9 / 8)
+    )
+    four = sent(SHAPE, how('fsdp=4,data=4'), 'fsdp')
+    assert four['reduce-scatter', 'gradients'] == pytest.approx(4 / 3 * 3 / 4 * 2 * MATRICES)
 
 
 def test_tensor_gathers_and_spreads_the_stream_around_every_half_of_a_block():
@@ -202,15 +229,19 @@ def test_tensor_gathers_and_spreads_the_stream_around_every_half_of_a_block():
     assert sent(SHAPE, how, 'tensor') == {
         ('all-gather', 'activations'): (6 * 4 + 2) * stream,
         ('reduce-scatter', 'activations'): (4 * 4 + 3) * stream,  # one in float32
+        ('all-reduce', 'logits'): 3 * 2 * 3 / 4 * 64 / 4 * 128 * 4,
     }
     full = sent(SHAPE, dataclasses.replace(how, saved=frozenset()), 'tensor')
     assert full['reduce-scatter', 'activations'] == (5 * 4 + 3) * stream
 
 
 def test_data_sums_what_one_device_holds_of_the_gradients():
-    how = step('data=4,fsdp=4')
-    found = sent(SHAPE, how, 'data')
-    assert found == {('all-reduce', 'gradients'): 2 * 3 / 4 * parameter_bytes(SHAPE, how)}
+    found = sent(SHAPE, step('data=4,fsdp=4'), 'data')
+    assert found == {('all-reduce', 'gradients'): 2 * 3 / 4 * 2 * MATRICES / 4}
+    # Norms, and tables, whose gradients are float32 or bfloat16.
+    whole = (2 * 4 + 1) * 64 * 4 + 256 * 64 * (4 + 2)
+    found = sent(SHAPE, step('data=4,fsdp=4'), 'data', 'fsdp')
+    assert found == {('all-reduce', 'gradients'): 2 * 15 / 16 * whole}
 
 
 @pytest.mark.parametrize('context', ['ring', 'gather'])
@@ -252,7 +283,7 @@ def test_slices_are_crossed_by_what_is_left_after_they_added_up():
     how = step('data=2,fsdp=16', '2*v5e:4x4', dcn={'data': 2})
     (found,) = (c for c in collectives(SHAPE, how) if c.axes == ('data',))
     assert found.network == 'dcn'
-    assert found.bytes == 2 / 2 * parameter_bytes(SHAPE, how)
+    assert found.bytes == 2 / 2 * (MATRICES * 2 + 2 * 256 * 64 * 4) / 16
     assert found.seconds == found.bytes / how.topology.hardware.dcn_bytes_per_s
     both = [c for c in collectives(SHAPE, step('fsdp=32', '2*v5e:4x4', dcn={'fsdp': 2}))
             if c.kind == 'all-gather']  # fmt: skip

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 
+from bigjax.data import pipeline
 from bigjax.experiment import Experiment
 from bigjax.plan.program.flops import along
 
@@ -24,15 +25,32 @@ def matrix_flops(function: Callable, *args: Any, padding: bool = False) -> int:
     return _count(jax.make_jaxpr(function)(*args).jaxpr, padding)
 
 
-def gradient_flops(experiment: Experiment, batch: dict[str, jax.ShapeDtypeStruct]) -> int:
-    """Returns the operations of one training step of all devices, as XLA computes its layers.
+Shapes = dict[str, jax.ShapeDtypeStruct]
 
-    What is computed again for the gradient counts again; the optimizer has no matrix products
-    worth counting.
+
+def batch_shapes(experiment: Experiment) -> Shapes:
+    """Returns the arrays of one step's batch, from what the pipeline makes of two rows."""
+    run = experiment.run
+    rows = pipeline.train_batches(
+        experiment.data.train, batch=2, seed=run.seed, augment=experiment.augment
+    )[0]
+    return {
+        name: jax.ShapeDtypeStruct(
+            (run.batch, *array.shape[1:]), jax.dtypes.canonicalize_dtype(array.dtype)
+        )
+        for name, array in rows.items()
+    }
+
+
+def gradient_flops(experiment: Experiment, batch: Shapes) -> int:
+    """Returns the operations of a step's loss and gradient on all devices.
+
+    What is computed again for the gradient counts again. Layers that have a kernel are taken in
+    XLA's form. Optimizers are left out, of which few have products at all.
 
     Args:
       experiment: what is trained.
-      batch: shapes of a step's batch.
+      batch: shapes of a step's batch, as from `batch_shapes`.
     """
     task, key = experiment.task, jax.random.key(0)
     extra = dict(jax.eval_shape(task.init, key))

@@ -30,9 +30,9 @@ SWAP, PASS = 'all-to-all', 'collective-permute'
 # What libtpu 0.0.52 does with gradients that are split afterwards: it scatters them among 16
 # devices, but among 256 and 512, or in a program of several slices, it sums them whole.
 MOST_SCATTERED = 64
-# It multiplies while it gathers or scatters, in a ring, from so many devices on, and with so many
-# tokens of a device that this is worth it.
-LEAST_RING, LEAST_RING_TOKENS = 4, 1024
+# It multiplies while it gathers or scatters, in a ring, where there are so many devices, tokens of
+# one, and bytes of a matrix's part: seen with 512 tokens and 32 KiB, not with 8 KiB.
+LEAST_RING, LEAST_RING_TOKENS, LEAST_RING_BYTES = 4, 512, 2**14
 SHARE = {GATHER: 1, SCATTER: 1, REDUCE: 2, SWAP: 1}
 
 
@@ -120,8 +120,9 @@ def _rings(shape: Shape, step: Step, weight: Weight) -> tuple[float, float]:
     again = weight.makes in recomputed(shape, step.saved)
     apart = again and weight.makes == 'qkv'
     n = step.size(FSDP)
-    small = n < LEAST_RING or step.tokens / step.parts < LEAST_RING_TOKENS
-    if small or _sums_whole(step) or 'experts' in weight.axes:
+    part = _numbers(step, weight) * step.item / n
+    few = n < LEAST_RING or step.tokens / step.parts < LEAST_RING_TOKENS
+    if few or part < LEAST_RING_BYTES or _sums_whole(step) or 'experts' in weight.axes:
         return 2 + apart, 1
     turns = (n + 1) / (n - 1)
     # A ring of four is written out, and only some gradients have a way back to where they began.
@@ -160,7 +161,8 @@ def _gradient(shape: Shape, step: Step, weight: Weight) -> tuple[float, tuple[st
         both = weight.name == 'embedding' and shape.tied and split  # its uses, each by itself
         sums += both
         far = math.prod(step.dcn.values()) > 1
-        if split and not far and step.size(TENSOR) == 1 and step.size(*rows, FSDP) > LEAST_RING:
+        many = step.size(*rows) > 1 or step.size(FSDP) > LEAST_RING
+        if split and many and not far and step.size(TENSOR) == 1:
             read = weight.name == 'output'
             return 0, (*rows, FSDP), numbers * (step.item if read else 4 + both * step.item)
     whole = item * sums * numbers

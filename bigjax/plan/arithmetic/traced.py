@@ -5,10 +5,17 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+from jax.interpreters.partial_eval import dce_jaxpr
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from bigjax.data import pipeline
 from bigjax.experiment import Experiment
+from bigjax.mesh import AXES
+from bigjax.plan.hardware import Hardware
 from bigjax.plan.program.flops import along
+from bigjax.plan.program.hlo import Array
+from bigjax.plan.program.kernels import Kernel, attention_of
+from pallas_kernels.chip import CHIPS
 
 
 def matrix_flops(function: Callable, *args: Any, padding: bool = False) -> int:
@@ -22,7 +29,10 @@ def matrix_flops(function: Callable, *args: Any, padding: bool = False) -> int:
       *args: its arguments, arrays or their shapes.
       padding: whether products with padding, or with the gaps of a dilated operand, count too.
     """
-    return _count(jax.make_jaxpr(function)(*args).jaxpr, padding)
+    jaxpr = jax.make_jaxpr(function)(*args).jaxpr
+    # What a rule for a derivative computes without need is no part of any program.
+    needed, _ = dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
+    return _count(needed, padding)
 
 
 Shapes = dict[str, jax.ShapeDtypeStruct]
@@ -42,24 +52,32 @@ def batch_shapes(experiment: Experiment) -> Shapes:
     }
 
 
-def gradient_flops(experiment: Experiment, batch: Shapes) -> int:
+def gradient_flops(
+    experiment: Experiment, hardware: Hardware, sizes: tuple[int, ...] = (1,) * len(AXES)
+) -> int:
     """Returns the operations of a step's loss and gradient on all devices.
 
-    What is computed again for the gradient counts again. Layers that have a kernel are taken in
-    XLA's form. Optimizers are left out, of which few have products at all.
+    What is computed again for the gradient counts again. Optimizers are left out, of which few have
+    products at all.
 
     Args:
       experiment: what is trained.
-      batch: shapes of a step's batch, as from `batch_shapes`.
+      hardware: whose kernels are taken, if it is a TPU; else layers count in XLA's form.
+      sizes: of the mesh, in the order of its axes; on several devices fewer kernels are taken.
     """
-    task, key = experiment.task, jax.random.key(0)
+    task, key, batch = experiment.task, jax.random.key(0), batch_shapes(experiment)
     extra = dict(jax.eval_shape(task.init, key))
     params = extra.pop('params')
 
     def loss(params: Any, extra: Any, batch: Any) -> tuple[jax.Array, Any]:
         return task.loss(params, extra, batch, key, True)
 
-    return matrix_flops(jax.grad(loss, has_aux=True), params, extra, batch)
+    chip = CHIPS.get(hardware.name)
+    auto = (AxisType.Auto,) * len(AXES)
+    device = AbstractDevice(chip.kind, 1, 'tpu') if chip and chip.is_tpu else None
+    mesh = AbstractMesh(sizes, AXES, axis_types=auto, abstract_device=device)
+    with jax.sharding.use_abstract_mesh(mesh):
+        return matrix_flops(jax.grad(loss, has_aux=True), params, extra, batch)
 
 
 def _count(jaxpr: Any, padding: bool) -> int:
@@ -74,11 +92,15 @@ def _own(eqn: Any, padding: bool) -> int:
         return 2 * math.prod(eqn.outvars[0].aval.shape) * depth
     if eqn.primitive.name == 'conv_general_dilated':
         return _convolution(eqn, padding)
+    if eqn.primitive.name == 'pallas_call':
+        return _kernel(eqn, padding)
     return 0
 
 
 def _inner(eqn: Any, padding: bool) -> int:
     """Operations of the functions that an equation calls."""
+    if eqn.primitive.name == 'pallas_call':
+        return 0
     found = [
         _count(getattr(part, 'jaxpr', part), padding)
         for part in jax.tree.leaves(
@@ -88,7 +110,26 @@ def _inner(eqn: Any, padding: bool) -> int:
     ]
     if eqn.primitive.name == 'cond':
         return max(found)
-    return sum(found) * (eqn.params['length'] if eqn.primitive.name == 'scan' else 1)
+    times = eqn.params['length'] if eqn.primitive.name == 'scan' else 1
+    if eqn.primitive.name == 'shard_map':
+        # Its shapes are one device's.
+        times = math.prod(
+            eqn.params['mesh'].shape[axis] for axis in eqn.params['newly_manual_axes']
+        )
+    return sum(found) * times
+
+
+def _kernel(eqn: Any, padding: bool) -> int:
+    """Operations of attention by the pairs that are seen; of others, of their body at each step."""
+    inputs, outputs = (
+        tuple(Array(x.aval.dtype.name, x.aval.shape) for x in side)
+        for side in (eqn.invars, eqn.outvars)
+    )
+    causal = (eqn.params['metadata'] or {}).get('causal') != 'False'
+    call = attention_of(Kernel(eqn.params['name'], inputs, outputs))
+    if call:
+        return int(call.flops(causal))
+    return math.prod(eqn.params['grid_mapping'].grid) * _count(eqn.params['jaxpr'], padding)
 
 
 def _convolution(eqn: Any, padding: bool) -> int:

@@ -122,7 +122,8 @@ def _rings(shape: Shape, step: Step, weight: Weight) -> tuple[float, float]:
     n = step.size(FSDP)
     part = _numbers(step, weight) * step.item / n
     few = n < LEAST_RING or step.tokens / step.parts < LEAST_RING_TOKENS
-    if few or part < LEAST_RING_BYTES or _sums_whole(step) or 'experts' in weight.axes:
+    few |= part < LEAST_RING_BYTES or not step.topology.hardware.is_tpu
+    if few or _sums_whole(step) or 'experts' in weight.axes:
         return 2 + apart, 1
     turns = (n + 1) / (n - 1)
     # A ring of four is written out, and only some gradients have a way back to where they began.
@@ -160,7 +161,7 @@ def _gradient(shape: Shape, step: Step, weight: Weight) -> tuple[float, tuple[st
         item = 4
         both = weight.name == 'embedding' and shape.tied and split  # its uses, each by itself
         sums += both
-        far = math.prod(step.dcn.values()) > 1
+        far = math.prod(step.dcn.values()) > 1 or not step.topology.hardware.is_tpu
         many = step.size(*rows) > 1 or step.size(FSDP) > LEAST_RING
         if split and many and not far and step.size(TENSOR) == 1:
             read = weight.name == 'output'
@@ -193,6 +194,10 @@ def _parameters(shape: Shape, step: Step) -> Iterable[Collective]:
             gathered += gathers * item * _numbers(step, weight) * times
             spread += here * times
             count += times
+        if not step.topology.hardware.is_tpu:
+            # What is published of GPUs sums what has accumulated, in float32.
+            times = shape.layers / step.stages if weight.layered else 1
+            there *= 4 / step.item if weight.layered and len(weight.sizes) > 1 else 1
         summed[axes] = summed.get(axes, 0) + there * times
     if count:
         yield from _exchange(step, GATHER, (FSDP,), gathered / count, count, 'parameters')

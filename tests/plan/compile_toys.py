@@ -1,10 +1,9 @@
-"""Compiles tiny programs for a TPU that is not there: python compile_toys.py TOPOLOGY FOLDER.
+"""Compiles tiny programs for a TPU that is not there: python compile_toys.py TOPOLOGY FOLDER NAME….
 
-What each of them exchanges and computes is known; `test_hlo.py` compares. A process of its own,
-for libtpu reads its environment when it is loaded.
+What each of them exchanges and computes is known; `test_plan_collectives.py` compares. A process of
+its own, for libtpu reads its environment when it is loaded.
 """
 
-import functools
 import sys
 from pathlib import Path
 
@@ -48,20 +47,6 @@ def tensor(mesh: Mesh):
     specs = (P('fsdp'), P(None, 'tensor'), P('tensor'))
     shapes = ((ROWS, WIDTH), (WIDTH, HIDDEN), (HIDDEN, WIDTH))
     return mapped(mesh, body, specs, P('fsdp')), list(zip(shapes, specs, strict=True))
-
-
-def sequence(mesh: Mesh):
-    """The same with rows cut, too, where features are not: gather and scatter."""
-
-    def body(x_BC, up_CM, down_MC):
-        x_BC = lax.all_gather(x_BC, 'tensor', axis=0, tiled=True)
-        y_BC = jax.nn.relu(x_BC @ up_CM) @ down_MC
-        return lax.psum_scatter(y_BC, 'tensor', scatter_dimension=0, tiled=True)
-
-    rows = P(('fsdp', 'tensor'))
-    specs = (rows, P(None, 'tensor'), P('tensor'))
-    shapes = ((ROWS, WIDTH), (WIDTH, HIDDEN), (HIDDEN, WIDTH))
-    return mapped(mesh, body, specs, rows), list(zip(shapes, specs, strict=True))
 
 
 def experts(mesh: Mesh):
@@ -124,46 +109,15 @@ def chain(mesh: Mesh):
     return body, list(zip(shapes, specs, strict=True))
 
 
-def recomputed(mesh: Mesh, policy: str, *, scan: bool):
-    """The gradient of a stack of MLPs by its weights, which keeps what a policy says."""
-
-    def layer(x_BC, weights):
-        up_CM, down_MC = weights
-        return x_BC + jnp.tanh(x_BC @ up_CM) @ down_MC, None
-
-    if policy != 'none':
-        kept = jax.checkpoint_policies.dots_saveable if policy == 'dots' else None
-        layer = jax.checkpoint(layer, policy=kept, prevent_cse=not scan)
-
-    def loss(weights, x_BC):
-        if scan:
-            x_BC, _ = lax.scan(layer, x_BC, weights)
-        else:
-            for i in range(LAYERS):
-                x_BC, _ = layer(x_BC, jax.tree.map(lambda w, i=i: w[i], weights))
-        return jnp.sum(jnp.square(x_BC.astype(jnp.float32)))
-
-    shapes = ((LAYERS, WIDTH, HIDDEN), (LAYERS, HIDDEN, WIDTH))
-    rows = ((ROWS, WIDTH), P('fsdp'))
-    function = jax.grad(lambda up, down, x_BC: loss((up, down), x_BC), argnums=(0, 1))
-    return function, [*((shape, P()) for shape in shapes), rows]
+TOYS = {toy.__name__: toy for toy in (fsdp, tensor, experts, ring, pipeline, chain)}
 
 
-TOYS = {toy.__name__: toy for toy in (fsdp, tensor, sequence, experts, ring, pipeline, chain)} | {
-    f'{policy}_{"scan" if scan else "loop"}': functools.partial(
-        recomputed, policy=policy, scan=scan
-    )
-    for policy in ('none', 'full', 'dots')
-    for scan in (True, False)
-}
-
-
-def main(topology: str, folder: str) -> None:
+def main(topology: str, folder: str, *names: str) -> None:
     described = topologies.get_topology_desc(platform='tpu', topology_name=topology)
     devices = np.array(described.devices)
     mesh = Mesh(devices.reshape(4, len(devices) // 4), ('fsdp', 'tensor'))
-    for name, toy in TOYS.items():
-        function, arrays = toy(mesh)
+    for name in names:
+        function, arrays = TOYS[name](mesh)
         arguments = [
             jax.ShapeDtypeStruct(shape, BF16, sharding=NamedSharding(mesh, spec))
             for shape, spec in arrays

@@ -177,7 +177,8 @@ def toys(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     """What each of the toys' programs says of itself, by name, on a machine."""
     pytest.importorskip('libtpu', reason='the compiler for TPUs; there is none for this system')
     folder = tmp_path_factory.mktemp('toys')
-    command = [sys.executable, str(HERE / 'compile_toys.py'), request.param, str(folder)]
+    names = [*EXCHANGED, 'chain'] if request.param == 'v5e:4x4' else EXCHANGED
+    command = [sys.executable, str(HERE / 'compile_toys.py'), request.param, str(folder), *names]
     environment = os.environ | ENVIRONMENT
     child = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert child.returncode == 0, child.stderr[-3000:]
@@ -202,31 +203,18 @@ EXCHANGED = {
         ('reduce-scatter', ('fsdp',)): (6, 6 * 2 * MIB * 3 / 4),
     },
     'tensor': {('all-reduce', ('tensor',)): (1, 2 * MIB / 2 * 3 / 4)},
-    'sequence': {
-        ('all-gather', ('tensor',)): (1, MIB / 2 * 3 / 4),
-        ('reduce-scatter', ('tensor',)): (1, MIB / 2 * 3 / 4),
-    },
     'experts': {('all-to-all', ('tensor',)): (2, 2 * MIB / 2 * 3 / 4)},
     'ring': {('collective-permute', ('fsdp',)): (4, 4 * MIB / 2)},
     'pipeline': {('collective-permute', ('fsdp',)): (5, 5 * MIB / 2)},
-    'chain': {},
 }
 FLOPS = {
     'fsdp': 6 * 3 * 2 * 256 * 1024 * 1024,
     'tensor': 2 * 2 * 256 * 1024 * 512,
-    'sequence': 2 * 2 * 256 * 1024 * 512,
     'experts': 2 * 4 * 64 * 1024 * 1024,
     'ring': 4 * 2 * 2 * 256 * 256 * 1024,
     'pipeline': 5 * 2 * 256 * 1024 * 1024,
     'chain': 6 * 2 * 2048**3,
 }
-# A layer's two products are of equal size. Each has two more for its gradient; 'full' computes the
-# first of them again, for the second is not read by any gradient. Unrolled, the first layer's
-# input has no gradient.
-PRODUCT = 2 * 256 * 1024 * 2048
-REMAT = {'none': 3 * 2, 'dots': 3 * 2, 'full': 3 * 2 + 1}
-FLOPS |= {f'{policy}_scan': 6 * count * PRODUCT for policy, count in REMAT.items()}
-FLOPS |= {f'{policy}_loop': (6 * count - 1) * PRODUCT for policy, count in REMAT.items()}
 
 
 @pytest.mark.slow
@@ -238,15 +226,16 @@ def test_exchanged_bytes_are_those_of_the_closed_form(toys) -> None:
 @pytest.mark.slow
 def test_executed_flops_are_those_of_the_closed_form(toys) -> None:
     _, found = toys
-    assert {name: said.flops for name, said in found.items()} == FLOPS
+    assert {name: said.flops for name, said in found.items()} == {n: FLOPS[n] for n in found}
 
 
 @pytest.mark.slow
 def test_products_take_at_least_their_arithmetic_at_the_peak(toys) -> None:
     chip, found = toys
-    floor = FLOPS['chain'] / HARDWARE[chip].peak_flops
-    said = found['chain']
-    assert floor < said.low.matmul <= said.high.matmul < 1.5 * floor
     for each in found.values():
         assert each.low.seconds <= each.high.seconds
         assert not each.notes
+    if 'chain' in found:
+        floor = FLOPS['chain'] / HARDWARE[chip].peak_flops
+        said = found['chain']
+        assert floor < said.low.matmul <= said.high.matmul < 1.5 * floor

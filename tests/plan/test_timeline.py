@@ -298,6 +298,10 @@ def test_table_takes_the_nearest_shape_of_the_chip() -> None:
                r['pass']) == ('v5e', 128, 512, True, 'forward'))  # fmt: skip
     assert cost.seconds == pytest.approx(cost.flops / row['ours'] / V5E.peak_flops)
     assert cost.flops == call.flops(causal=True)
+    # BERT's and ViT's see all pairs.
+    full = kernels.from_table(V5E)(dataclasses.replace(FORWARD, causal=False))
+    assert full
+    assert full.flops == call.flops(causal=False) > 1.9 * cost.flops
     # v4 has v5p's units; its kernels were not compiled.
     assert kernels.share_of_peak(call, 'v4', True) == kernels.share_of_peak(call, 'v5p', True)
     # An MXU of 256 is half empty for heads of 128.

@@ -18,6 +18,7 @@ from bigjax.plan.arithmetic.shape import (
     TENSOR,
     Shape,
     Step,
+    Weight,
     parameter_bytes,
 )
 from bigjax.plan.records import Collective
@@ -27,8 +28,11 @@ from bigjax.sharding import AXES
 GATHER, SCATTER, REDUCE = 'all-gather', 'reduce-scatter', 'all-reduce'
 SWAP, PASS = 'all-to-all', 'collective-permute'
 # What libtpu 0.0.52 does with gradients that are split afterwards: it scatters them among 16
-# devices, but among 256 and 512 it sums them whole, which takes twice the bytes.
+# devices, but among 256 and 512, or in a program of several slices, it sums them whole.
 MOST_SCATTERED = 64
+# It multiplies while it gathers or scatters, in a ring, where there are so many devices, tokens of
+# one, and bytes of a matrix's part: seen with 512 tokens and 32 KiB, not with 8 KiB.
+LEAST_RING, LEAST_RING_TOKENS, LEAST_RING_BYTES = 4, 512, 2**14
 SHARE = {GATHER: 1, SCATTER: 1, REDUCE: 2, SWAP: 1}
 
 
@@ -100,38 +104,107 @@ def _visits(shape: Shape, step: Step) -> float:
     return layers * step.parts * step.bubble(shape.layers) * step.accumulate
 
 
+def _sums_whole(step: Step) -> bool:
+    """Whether gradients that are split along FSDP are summed whole, in twice the bytes."""
+    return step.size(FSDP) > MOST_SCATTERED or math.prod(step.dcn.values()) > 1
+
+
+def _rings(shape: Shape, step: Step, weight: Weight) -> tuple[float, float]:
+    """How often a layer's matrix is gathered along FSDP, and its gradient spread.
+
+    In exchanges of (n - 1) / n of it. Projections lie a whole block apart from their gradients, and
+    are gathered anew where they are computed again. A ring that is multiplied as it goes sends more
+    than it needs: where an exchange serves one product alone whose result is not itself scattered
+    along the tensor axis, which would be the ring then.
+    """
+    again = weight.makes in recomputed(shape, step.saved)
+    apart = again and weight.makes == 'qkv'
+    n = step.size(FSDP)
+    part = _numbers(step, weight) * step.item / n
+    few = n < LEAST_RING or step.tokens / step.parts < LEAST_RING_TOKENS
+    few |= part < LEAST_RING_BYTES or not step.topology.hardware.is_tpu
+    if few or _sums_whole(step) or 'experts' in weight.axes:
+        return 2 + apart, 1
+    turns = (n + 1) / (n - 1)
+    # A ring of four is written out, and only some gradients have a way back to where they began.
+    gather, scatter = (1, n / (n - 1)) if n == LEAST_RING else (turns, turns)
+    whole = step.size(TENSOR) == 1
+    wide = weight.makes in ('qkv', 'mlp_in')  # as Megatron's: split by what it makes
+    forward = gather if wide or whole else 1
+    backward = gather if not wide or whole else 1
+    if apart:
+        backward += gather
+    elif again:
+        backward = 1
+    return forward + backward, scatter
+
+
+def _gradient(shape: Shape, step: Step, weight: Weight) -> tuple[float, tuple[str, ...], float]:
+    """Where a gradient is summed: its bytes along FSDP, then along which axes, and its bytes there.
+
+    Each counts as what one group of devices has of it. Layers' matrices have gradients of the
+    computation's type; norms and biases, float32, are summed whole at once, and so are tables of
+    more than a few devices that no tensor axis splits.
+    """
+    numbers = _numbers(step, weight)
+    # An expert's gradient is of all rows that came to it; of all else, every row has its part.
+    rows = (DATA, CONTEXT) if 'experts' in weight.axes else (DATA, EXPERT, CONTEXT)
+    if len(weight.sizes) == 1:
+        everywhere = (*rows, FSDP) if 'heads' in weight.axes else (*rows, FSDP, TENSOR)
+        return 0, everywhere, 4 * numbers
+    split = step.size(FSDP) > 1
+    sums, turns = 1, 1.0
+    if weight.layered:
+        item = step.item
+        turns = _rings(shape, step, weight)[1] if weight.makes else 1.0
+    else:
+        item = 4
+        both = weight.name == 'embedding' and shape.tied and split  # its uses, each by itself
+        sums += both
+        far = math.prod(step.dcn.values()) > 1 or not step.topology.hardware.is_tpu
+        many = step.size(*rows) > 1 or step.size(FSDP) > LEAST_RING
+        if split and many and not far and step.size(TENSOR) == 1:
+            read = weight.name == 'output'
+            return 0, (*rows, FSDP), numbers * (step.item if read else 4 + both * step.item)
+    whole = item * sums * numbers
+    return whole * turns, rows, whole / step.size(FSDP)
+
+
+def _numbers(step: Step, weight: Weight) -> float:
+    """What of a parameter a group along the FSDP axis holds together."""
+    return weight.elements / step.shards(tuple(axis for axis in weight.axes if axis != 'embed'))
+
+
 def _parameters(shape: Shape, step: Step) -> Iterable[Collective]:
     """FSDP: parameters gathered for either pass, gradients spread; all others: gradients summed.
 
     Embedding and output are used once in either pass, with nothing between that would make a
-    device forget them, so they are gathered once; their gradients are float32.
+    device forget them, so they are gathered once.
     """
     gathered = spread = count = 0.0
-    summed = {True: 0.0, False: 0.0}
-    again = recomputed(shape, step.saved)
+    summed: dict[tuple[str, ...], float] = {}
     for weight in shape.weights():
         times = _visits(shape, step) if weight.layered else step.accumulate
-        split = 'embed' in weight.axes
-        item = 4 if len(weight.sizes) == 1 or not weight.layered else step.item
-        used = 4 if len(weight.sizes) == 1 else step.item
-        # What a group along the FSDP axis holds together.
-        numbers = weight.elements / step.shards(tuple(a for a in weight.axes if a != 'embed'))
-        if split:
-            # Projections lie a whole block apart from their gradients, and are gathered anew.
-            apart = weight.makes == 'qkv' and 'qkv' in again
-            gathered += used * numbers * times * (1 + weight.layered + apart)
-            spread += item * numbers * times * (1 + (weight.name == 'embedding' and shape.tied))
+        here, axes, there = _gradient(shape, step, weight)
+        if 'embed' in weight.axes:
+            gathers: float = 1 + weight.layered
+            if weight.makes:
+                gathers = _rings(shape, step, weight)[0]
+            item = 4 if len(weight.sizes) == 1 else step.item
+            gathered += gathers * item * _numbers(step, weight) * times
+            spread += here * times
             count += times
-        layers = shape.layers / step.stages if weight.layered else 1
-        mixed = 'experts' in weight.axes
-        summed[mixed] += numbers * layers * 4 / (step.size(FSDP) if split else 1)
+        if not step.topology.hardware.is_tpu:
+            # What is published of GPUs sums what has accumulated, in float32.
+            times = shape.layers / step.stages if weight.layered else 1
+            there *= 4 / step.item if weight.layered and len(weight.sizes) > 1 else 1
+        summed[axes] = summed.get(axes, 0) + there * times
     if count:
         yield from _exchange(step, GATHER, (FSDP,), gathered / count, count, 'parameters')
-        kind = SCATTER if step.size(FSDP) <= MOST_SCATTERED else REDUCE
+        kind = REDUCE if _sums_whole(step) else SCATTER
         yield from _exchange(step, kind, (FSDP,), spread / count, count, 'gradients')
-    # An expert's gradient is of all rows that came to it; of all else, every row has its part.
-    yield from _exchange(step, REDUCE, (DATA, CONTEXT), summed[True], 1, 'gradients')
-    yield from _exchange(step, REDUCE, (DATA, EXPERT, CONTEXT), summed[False], 1, 'gradients')
+    for axes, whole in summed.items():
+        yield from _exchange(step, REDUCE, axes, whole, 1, 'gradients')
 
 
 def _tensor(shape: Shape, step: Step) -> Iterable[Collective]:
@@ -152,6 +225,10 @@ def _tensor(shape: Shape, step: Step) -> Iterable[Collective]:
     wide = (1 + 4 / step.item) * ends
     yield from _exchange(step, GATHER, (TENSOR,), stream, gathers + 2 * ends, 'activations')
     yield from _exchange(step, SCATTER, (TENSOR,), stream, scatters + wide, 'activations')
+    if shape.split_vocab:
+        # Of every token the largest logit, the sum of exponentials and the label's.
+        sums = 3 * 4 * step.tokens / step.parts
+        yield from _exchange(step, REDUCE, (TENSOR,), sums, ends, 'logits')
 
 
 def _context(shape: Shape, step: Step) -> Iterable[Collective]:

@@ -3,7 +3,8 @@
 Only matrix products count, as everywhere in bigjax.
 """
 
-from bigjax.plan.arithmetic.shape import Shape, Step
+from bigjax.plan.arithmetic.shape import CONTEXT, Shape, Step
+from pallas_kernels.attention.xla_runs import is_short, runs
 
 # Products of the scores' size: q k and p v forward; backward p again, dp, dv, dq and dk.
 FORWARD, BACKWARD = 2, 5
@@ -32,10 +33,45 @@ def dense_flops(shape: Shape, length: int, *, places: float | None = None) -> di
     return found
 
 
-def product_flops(shape: Shape, length: int, *, causal: bool) -> float:
+def product_flops(shape: Shape, pairs: float) -> float:
     """Returns what one product of the scores' size takes, of all heads of one row and layer."""
-    pairs = length * (length + 1) / 2 if causal else length**2
     return 2 * pairs * shape.heads * shape.head_dim
+
+
+def seen_pairs(length: int) -> float:
+    """Returns the pairs of a query and a key of one row that a causal mask leaves."""
+    return length * (length + 1) / 2
+
+
+def computed_pairs(step: Step) -> float:
+    """Returns the pairs of one row whose scores are computed, masked ones in their chunks too.
+
+    Of kernels those that are seen. XLA's form has eight chunks of queries, each with the keys up to
+    its last one; where devices split positions, each has two chunks of queries, which meet all keys
+    if these are gathered, and in a ring the 2 n + 1 of 2 n + 2 n chunks that they see.
+    """
+    length, n = step.length, step.size(CONTEXT)
+    if step.attention == 'kernel':
+        return seen_pairs(length)
+    if n > 1:
+        return length**2 * ((2 * n + 1) / (4 * n) if step.context == 'ring' else 1)
+    if step.attention == 'reference':
+        return length**2
+    cut = runs(1, length, length, 1, left=None, right=0, shift=0)
+    return sum(run.count * run.queries * run.keys for run in cut)
+
+
+def attention_products(shape: Shape, step: Step) -> int:
+    """Returns how many products of the scores' size a layer takes in all.
+
+    XLA's form hands the weights of a short row to the gradient, which then has no need to compute
+    them; a policy keeps attention's result at most, and has them computed again.
+    """
+    again = 'context' in recomputed(shape, step.saved)
+    if step.attention == 'xla' and is_short(step.length, step.length) and step.size(CONTEXT) == 1:
+        twice = FORWARD if again else int(step.saved is not None and 'context' in step.saved)
+        return FORWARD + BACKWARD - 1 + twice
+    return FORWARD * (1 + again) + BACKWARD
 
 
 def head_flops(shape: Shape, length: int) -> float:
@@ -54,7 +90,7 @@ def model_flops(shape: Shape, batch: int, length: int, *, causal: bool = False) 
         Chowdhery et al. 2022, appendix B.
     """
     block = sum(dense_flops(shape, length).values())
-    block += FORWARD * product_flops(shape, length, causal=causal)
+    block += FORWARD * product_flops(shape, seen_pairs(length) if causal else length**2)
     return 3 * batch * (shape.layers * block + head_flops(shape, length))
 
 
@@ -81,8 +117,7 @@ def row_flops(shape: Shape, step: Step) -> tuple[float, float, float]:
     block = 3 * sum(dense.values()) + sum(dense[part] for part in again if part != 'context')
     if experts:  # A token's outputs, weighted and summed.
         block += 3 * 2 * step.length * shape.routing.experts_per_token * shape.width
-    products = FORWARD * (1 + ('context' in again)) + BACKWARD
-    attention = products * product_flops(shape, step.length, causal=step.flash)
+    attention = attention_products(shape, step) * product_flops(shape, computed_pairs(step))
     # Stages that have nothing to do compute, too.
     layers = shape.layers * step.bubble(shape.layers)
     return layers * block, layers * attention, 3 * head_flops(shape, step.length)

@@ -15,6 +15,7 @@ from bigjax.plan.arithmetic.closed_collectives import collectives
 from bigjax.plan.arithmetic.closed_memory import PROGRAM, memory
 from bigjax.plan.arithmetic.roofline import efficiency, roofline
 from bigjax.plan.arithmetic.shape import STAGE, Shape, Step, policy, shape_of
+from bigjax.plan.arithmetic.traced import gradient_flops
 from bigjax.plan.records import CATEGORIES, ClosedForm, Memory
 from bigjax.plan.topology import Topology
 from bigjax.state import make_init
@@ -25,8 +26,8 @@ def closed_form(
 ) -> ClosedForm:
     """Returns what a step of an experiment takes on a machine.
 
-    Decoders are known in full. Of all others, operations are those
-    that the task tells, memory is that of the state, and notes say what is missing.
+    Decoders are known in full. Of all others, operations are those that the gradient traces to,
+    memory is that of the state, and notes say what is missing.
 
     Args:
       experiment: what is to run.
@@ -47,7 +48,6 @@ def closed_form(
     if not isinstance(model, DecoderLM):
         return _of_state(experiment, topology, devices)
     _check_model(experiment, devices)
-    flash = model.attention_impl != 'xla'
     experts = bool(model.routing.experts)
     saved, offloaded = policy(model.remat, experts=experts)
     step = Step(
@@ -64,7 +64,7 @@ def closed_form(
         microbatches=model.microbatches,
         context=model.context,
         matmul=model.matmul,
-        flash=flash,
+        attention=_attention(model),
         slots=optimizer_slots(experiment) if slots is None else slots,
         offload=run.offload == 'optimizer',
     )
@@ -108,6 +108,13 @@ def optimizer_slots(experiment: Experiment) -> float:
     return _bytes(state) / _bytes(params)
 
 
+def _attention(model: Any) -> str:
+    """Returns what a decoder's attention is computed by: kernels, where it takes their arrays."""
+    named = model.attention_impl
+    heads = shape_of(model).head_dim
+    return named if named in ('xla', 'reference') else 'kernel' if heads >= 8 else 'xla'
+
+
 def _bytes(tree: Any) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
@@ -126,7 +133,7 @@ def _check_model(experiment: Experiment, devices: Mesh) -> None:
 
 
 def _of_state(experiment: Experiment, topology: Topology, devices: Mesh) -> ClosedForm:
-    """What is known of any experiment: its task's operations, and the memory of its state."""
+    """What is known of any experiment: its gradient's operations, and the memory of its state."""
     run, task = experiment.run, experiment.task
     abstract = jax.eval_shape(make_init(task, experiment.optimizer, run.seed))
     placed = sharding.state_shardings(abstract, experiment.rules, devices)
@@ -141,17 +148,19 @@ def _of_state(experiment: Experiment, topology: Topology, devices: Mesh) -> Clos
         'program': PROGRAM,
     }
     total = float(task.flops_per_example * run.batch)
+    sizes = tuple(devices.shape[axis] for axis in AXES)
+    executed = gradient_flops(experiment, topology.hardware, sizes) / topology.devices
     hardware = topology.hardware
     state = 6 * parameters + 2 * optimizer
     bounds = {
-        'compute': total / topology.devices / hardware.peak_flops,
+        'compute': executed / hardware.peak_flops,
         'memory': state / hardware.hbm_bytes_per_s,
     }
     share, source = efficiency(hardware.name)
     return ClosedForm(
         model_flops=total,
         causal_flops=total,
-        executed_flops=total / topology.devices,
+        executed_flops=executed,
         memory=Memory(held, sum(held.values()), optimizer if away else 0),
         collectives=(),
         roofline_seconds=max(bounds.values()),
@@ -161,7 +170,7 @@ def _of_state(experiment: Experiment, topology: Topology, devices: Mesh) -> Clos
         bounds=bounds,
         notes=(
             'only decoders are known in full: without a compiler, activations and collectives are '
-            'not in these figures, and the time is that of the task\'s matrix products',
+            'not in these figures; operations are those that the gradient traces to',
             f'efficiency {share:.0%}, of decoders: {source}',
         ),
     )  # fmt: skip

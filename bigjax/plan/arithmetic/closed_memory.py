@@ -43,9 +43,10 @@ def saved_bytes(shape: Shape, step: Step) -> tuple[float, float]:
     """Returns what all blocks of one device keep for their gradients, here and on the host."""
     made = kept_bytes(shape, step, step.tokens)
     if step.saved is None:
-        # Norms and the product before the last layer keep their inputs, too.
-        each = sum(made.values()) - made['mlp_out'] + 2 * made['input']
-        each += made['mlp_in'] / (1 + shape.gated)
+        # What norms read, and what they give, gathered; what the last layer reads, and of a gate
+        # what its function makes on the way.
+        each = sum(made.values()) - made['mlp_out'] + 2 * made['input'] * step.size(TENSOR)
+        each += made['mlp_in'] / (1 + shape.gated) * (4 if shape.gated else 1)
         away = 0.0
     else:
         # Of what is kept, no more than is needed: a block's last product is so by a router alone.
@@ -88,7 +89,7 @@ def block_bytes(shape: Shape, step: Step) -> float:
     made = kept_bytes(shape, step, tokens)
     stream = tokens * shape.width * step.item
     scores = 0.0
-    if not step.flash:
+    if step.attention != 'kernel':
         scores = 2 * tokens * step.length * shape.heads / step.size(TENSOR) * 4
     return made['qkv'] + made['context'] + 2 * made['mlp_in'] + 4 * stream + scores
 

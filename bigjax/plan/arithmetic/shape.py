@@ -131,7 +131,8 @@ class Step:
       microbatches: parts of a batch in a pipeline; 0 is one a stage.
       context: 'ring' or 'gather'.
       matmul: 'default', 'int8' or 'fp8'.
-      flash: whether attention is a kernel, which stores no scores and skips what is masked.
+      attention: 'kernel', which stores no scores and skips what is masked, or the implementation
+        'xla' or 'reference' of `pallas_kernels.attention`.
       slots: copies of the parameters that the optimizer keeps.
       offload: whether these wait in the host's memory.
       offloaded: what of `saved`, or 'input', does likewise.
@@ -149,7 +150,7 @@ class Step:
     microbatches: int = 0
     context: str = 'ring'
     matmul: str = 'default'
-    flash: bool = True
+    attention: str = 'kernel'
     slots: float = 2
     offload: bool = False
     offloaded: frozenset[str] = frozenset()

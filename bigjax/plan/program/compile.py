@@ -21,10 +21,10 @@ import jax
 from jax.experimental import topologies
 
 from bigjax import sharding
-from bigjax.data import pipeline
 from bigjax.experiment import Experiment
 from bigjax.mesh import parse_dcn
 from bigjax.offload import HOST
+from bigjax.plan.arithmetic.traced import batch_shapes
 from bigjax.plan.program.compiled import without_data
 from bigjax.plan.topology import Topology, parse
 from bigjax.run import UsageError
@@ -51,20 +51,14 @@ def devices(topology: Topology) -> list[Any]:
     return topologies.get_topology_desc(platform='tpu', topology_name=name, **options).devices
 
 
-def batch_shapes(experiment: Experiment, mesh: jax.sharding.Mesh) -> dict[str, Any]:
-    """Returns abstract arrays of one call's batches, from what the pipeline makes of two rows."""
-    run = experiment.run
-    rows = pipeline.train_batches(
-        experiment.data.train, batch=2, seed=run.seed, augment=experiment.augment
-    )[0]
+def batches(experiment: Experiment, mesh: jax.sharding.Mesh) -> dict[str, Any]:
+    """Returns abstract arrays of one call's batches."""
     placed = sharding.batch_sharding(mesh, stacked=True)
     return {
         name: jax.ShapeDtypeStruct(
-            (run.steps_per_call, run.batch, *array.shape[1:]),
-            jax.dtypes.canonicalize_dtype(array.dtype),
-            sharding=placed,
+            (experiment.run.steps_per_call, *row.shape), row.dtype, sharding=placed
         )
-        for name, array in rows.items()
+        for name, row in batch_shapes(experiment).items()
     }
 
 
@@ -82,7 +76,7 @@ def lowered(experiment: Experiment, plan: Setup) -> Any:
         donate_argnums=0,
     )
     with jax.set_mesh(plan.mesh):
-        traced = step.trace(state, batch_shapes(experiment, plan.mesh))
+        traced = step.trace(state, batches(experiment, plan.mesh))
         return traced.lower(lowering_platforms=('tpu',))
 
 

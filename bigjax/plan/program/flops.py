@@ -99,7 +99,7 @@ def _pairs(
         def field(key: str, default: str, i: int = i) -> str:
             return read[key].split('x')[i] if key in read else default
 
-        count *= _along(
+        count *= along(
             extent=lhs[left.index(name)],
             taps=rhs[right.index(name)],
             outputs=out[result.index(name)],
@@ -111,7 +111,7 @@ def _pairs(
     return count
 
 
-def _along(
+def along(
     *, extent: int, taps: int, outputs: int, stride: int, before: int, apart: int, taps_apart: int
 ) -> int:
     """Pairs of a window's place and tap that meet an element, along one dimension."""

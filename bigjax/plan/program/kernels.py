@@ -1,8 +1,8 @@
 """What Pallas kernels take, of whose insides a compiled program says nothing.
 
-Attention's seconds come from `pallas_kernels.schedule`, which compiles a kernel once a shape, or
-at once from shares of the peak that the same model found for the table in pallas_kernels/README.md;
-`python -m bigjax.plan.program.kernels` copies them from there to kernels.json.
+Attention's seconds come from the shares of the peak that `pallas_kernels.schedule` found for the
+table in pallas_kernels/README.md; `python -m bigjax.plan.program.kernels` copies them from there to
+kernels.json. The nearest shape of the same mask counts.
 """
 
 import dataclasses
@@ -37,12 +37,14 @@ class Kernel:
       inputs: arrays that it reads.
       outputs: arrays that it makes.
       op_name: what of the traced program it came from.
+      causal: whether it is attention that is masked so; ours say it, published ones are taken to.
     """
 
     name: str
     inputs: tuple[Array, ...]
     outputs: tuple[Array, ...]
     op_name: str = ''
+    causal: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +106,9 @@ def kernel_of(computation: Computation, instruction: Instruction) -> Kernel | No
     named = parts[-2] if len(parts) > 1 and parts[-1] == 'pallas_call' else ''
     name = named or instruction.name.split('.')[0]
     inputs = tuple(a for operand in computation.operands(instruction) for a in operand.arrays)
-    return Kernel(name, inputs, instruction.arrays, instruction.op_name)
+    said = instruction.attributes.get('frontend_attributes', '')
+    causal = not re.search(r'causal\W+False', said)
+    return Kernel(name, inputs, instruction.arrays, instruction.op_name, causal)
 
 
 def attention_of(kernel: Kernel) -> Attention | None:
@@ -137,70 +141,16 @@ def _splash(kernel: Kernel) -> Attention | None:
     )
 
 
-def from_table(hardware: Hardware, *, causal: bool = True) -> Kernels:
-    """Returns what kernels take by the committed shares of the peak, without a compile.
-
-    Args:
-      hardware: what they run on.
-      causal: whether attention is masked so, which a compiled kernel does not say.
-    """
+def from_table(hardware: Hardware) -> Kernels:
+    """Returns what kernels take on a machine by the committed shares of its peak."""
 
     def cost(kernel: Kernel) -> Cost | None:
         call = attention_of(kernel)
         if call is None:
             return None
-        share = share_of_peak(call, hardware.name, causal)
-        flops = call.flops(causal)
+        share = share_of_peak(call, hardware.name, kernel.causal)
+        flops = call.flops(kernel.causal)
         return Cost(flops / (share * hardware.peak_flops), flops, 'table of pallas_kernels')
-
-    return cost
-
-
-def from_schedule(
-    hardware: Hardware,
-    *,
-    causal: bool = True,
-    cache: pathlib.Path | None = None,
-    cached: bool = False,
-) -> Kernels:
-    """Returns what kernels take by the schedule model, which compiles each shape once (10-60 s).
-
-    What it cannot tell is as in `from_table`.
-
-    Args:
-      hardware: what they run on.
-      causal: whether attention is masked so.
-      cache: folder that keeps compiled kernels; None takes that of `pallas_kernels.schedule`.
-      cached: whether to take the table's figure for what was not compiled before.
-    """
-    table = from_table(hardware, causal=causal)
-
-    @functools.cache
-    def seconds(call: Attention) -> float | None:
-        from pallas_kernels import schedule, schedule_attention, schedule_compile
-
-        # Heads and rows of a batch are alike: a few stand for all.
-        batch = min(call.batch, 4)
-        case = schedule_attention.Case(
-            batch, call.queries, call.heads, call.kv_heads, call.dim, causal,
-            backward=call.which == _BACKWARD,
-        )  # fmt: skip
-        folder = cache or schedule_compile.default_cache()
-        try:
-            found = schedule.predicted(case, hardware.name, cache=folder, cached=cached)
-        except (schedule_compile.CompileError, ValueError, ImportError):
-            return None
-        named = f'attention_{call.which}'
-        parts = [k['seconds'] for k in found['kernels'] if k['name'].startswith(named)]
-        return sum(parts) * call.batch / batch if parts else None
-
-    def cost(kernel: Kernel) -> Cost | None:
-        call = attention_of(kernel)
-        square = call and call.queries == call.keys and call.dim == call.value_dim
-        found = seconds(call) if call and square and not call.published else None
-        if call is None or found is None:
-            return table(kernel)
-        return Cost(found, call.flops(causal), 'schedule of the compiled kernel')
 
     return cost
 

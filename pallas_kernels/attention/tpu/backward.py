@@ -221,6 +221,7 @@ def _gradients(call: _Call, params, dtype):
         compiler_params=pltpu.CompilerParams(dimension_semantics=SEMANTICS, **params[0]),
         interpret=params[1],
         name='attention_backward',
+        metadata={'causal': str(plan.spec.causal)},
     )(call.scalars, *(call.arrays[name] for name in specs))
     return (
         dq.reshape(B, T, heads.n_q, heads.D),

@@ -175,6 +175,7 @@ def _call(plan: Plan, operands: Operands, arrays: dict[str, jax.Array], limit: i
             vmem_limit_bytes=limit,
         ),
         name='attention_forward',
+        metadata={'causal': str(plan.spec.causal)},
     )
     scalars = blocks_lib.scalars(operands, blocks)
     return lambda interpret: call(interpret=interpret)(scalars, *values)

@@ -51,7 +51,9 @@ def summary(name: str, found: Assessment, options: PlanOptions) -> dict[str, Any
         'collectives': [dataclasses.asdict(row) for row in collectives],
         'predicted_step_seconds': step and spread(step),
         'timeline': walk and {'low': _timeline(walk.low), 'high': _timeline(walk.high)},
-        'calibration': calibration(topology.hardware.name, compiled=bool(walk)),
+        'calibration': calibration(topology.hardware.name, compiled=bool(walk))
+        if walk or found.decoder
+        else None,
         'roofline_seconds': found.closed.roofline_seconds,
         'mfu': step and mfu(found, step),
         'tokens_per_step': found.tokens_per_step,

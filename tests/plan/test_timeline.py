@@ -40,7 +40,7 @@ def test_synchronous_exchanges_add_up() -> None:
     assert row.seconds == pytest.approx(3 * 50e6 / (2 * LINK))
     assert found.high.exposed == pytest.approx(row.seconds)
     assert row.exposed_seconds == pytest.approx(row.seconds)
-    assert found.high.hidden == pytest.approx(0, abs=1e-12)
+    assert found.high.hidden == 0
     assert found.high.seconds == pytest.approx(2e-3 + row.seconds)
 
 
@@ -306,6 +306,26 @@ def test_table_takes_the_nearest_shape_of_the_chip() -> None:
     for name in ('v5e', 'v5p', 'v6e', 'v7x'):
         for causal in (True, False):
             assert 0.1 < kernels.share_of_peak(call, name, causal) <= 1.0
+
+
+@pytest.mark.parametrize(
+    ('place', 'masked'),
+    [
+        ('ViT/block_0/attention', False),
+        ('encoder/block_0/attention', False),
+        ('decoder/block_0/attention', True),
+        ('decoder/block_0/cross', False),
+    ],
+)
+def test_where_not_all_attention_is_causal_its_place_tells(place: str, masked: bool) -> None:
+    named = f'jvp(Transformer)/{place}/attention_forward/pallas_call'
+    kernel = dataclasses.replace(FORWARD, op_name=named)
+    found = kernels.from_table(V5E, causal=False)(kernel)
+    call = kernels.attention_of(kernel)
+    assert found
+    assert call
+    assert found.flops == call.flops(masked)
+    assert kernels.from_table(V5E)(kernel).flops == call.flops(True)
 
 
 def test_committed_table_is_that_of_the_page() -> None:

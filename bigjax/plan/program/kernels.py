@@ -142,15 +142,17 @@ def from_table(hardware: Hardware, *, causal: bool = True) -> Kernels:
 
     Args:
       hardware: what they run on.
-      causal: whether attention is masked so, which a compiled kernel does not say.
+      causal: whether all attention is masked so, which a compiled kernel does not say; if not, the
+        own attention of a decoder beside an encoder is.
     """
 
     def cost(kernel: Kernel) -> Cost | None:
         call = attention_of(kernel)
         if call is None:
             return None
-        share = share_of_peak(call, hardware.name, causal)
-        flops = call.flops(causal)
+        masked = causal or ('/decoder/' in kernel.op_name and '/cross/' not in kernel.op_name)
+        share = share_of_peak(call, hardware.name, masked)
+        flops = call.flops(masked)
         return Cost(flops / (share * hardware.peak_flops), flops, 'table of pallas_kernels')
 
     return cost

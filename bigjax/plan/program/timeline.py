@@ -78,7 +78,8 @@ class Clock:
         self.now += waited
         row = (moved.kind, moved.axes, moved.network)
         self.exposed[row] = self.exposed.get(row, 0.0) + waited
-        self.hidden += max(0.0, seconds - waited)
+        # What is left of a sum of floats is no time.
+        self.hidden += seconds - waited if waited < (1 - 1e-6) * seconds else 0.0
 
     def _repeat(self, event: Event) -> None:
         """One trip stands for all: nothing is under way from one to the next."""

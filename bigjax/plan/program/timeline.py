@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Mapping, Sequence
 
+from bigjax import units
 from bigjax.plan.hardware import HARDWARE, Hardware
 from bigjax.plan.program.collectives import Exchange
 from bigjax.plan.program.events import Event, Reader
@@ -164,7 +165,8 @@ def walk(
     low, high = (Clock(slow).run(events) for slow in (False, True))
     sums = Sums().add(events)
     if sums.host_bytes:
-        sums.notes[f'{sums.host_bytes:.3g} bytes to and from the host are not timed'] = None
+        moved = units.size(sums.host_bytes)
+        sums.notes[f'{moved} to and from the memory of the host: its time is not counted'] = None
     return Walk(
         low=low.timeline(),
         high=high.timeline(),

@@ -183,15 +183,18 @@ def _collectives(plan: Plan) -> Section | None:
         return None
     if not found:
         return Section('collectives', 'Collectives', notes=('No device waits for another one.',))
-    head = ('exchange', 'axes', 'what', 'network', 'count', 'bytes', 'at link speed', 'exposed')
+    # A compiled program does not say what it exchanges.
+    told = any(c.get('what') for c in found)
+    what = ('what',) * told
+    head = ('exchange', 'axes', *what, 'network', 'count', 'bytes', 'at link speed', 'exposed')
     rows: list[tuple[str, ...]] = [
-        (c['kind'], axes(c['axes']), c.get('what') or '–', c['network'].upper(),
+        (c['kind'], axes(c['axes']), *(c.get('what') or '–',) * told, c['network'].upper(),
          f'{c["count"]:,.0f}', units.size(c['bytes']), seconds(c['seconds']),
          seconds(c['exposed_seconds']))
         for c in sorted(found, key=lambda c: -c['seconds'])
     ]  # fmt: skip
     total = [sum(c[n] for c in found) for n in ('bytes', 'seconds', 'exposed_seconds')]
-    rows.append(('all', '', '', '', '', units.size(total[0]), *map(seconds, total[1:])))
+    rows.append(('all', '', *('',) * told, '', '', units.size(total[0]), *map(seconds, total[1:])))
     notes = ['Bytes are what one device sends in a step; exposed is what no computation hides.']
     if not plan.get('compiler'):
         notes.append('Closed form: all of it is taken as exposed.')

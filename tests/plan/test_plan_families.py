@@ -35,7 +35,7 @@ def test_published_decoders_say_nothing_of_others(recurrent, tmp_path):
 
 @pytest.mark.parametrize(
     ('moved', 'said'),
-    [(0.0, 'small operations one after the other'), (1.0, 'reads and writes HBM')],
+    [(0.0, 'many small operations, or much'), (1.0, 'reads and writes HBM')],
 )
 def test_what_does_not_wait_for_hbm_is_not_said_to(recurrent, moved, said):
     timeline = Timeline(matmul=1e-3, kernels=0, other=9e-3, exposed=0)

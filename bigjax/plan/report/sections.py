@@ -143,6 +143,8 @@ def _speed(plan: Plan) -> Section | None:
         if mfu.get('causal_middle', mfu['middle']) != mfu['middle']:
             text += f', full scores counted; {percent(mfu["causal_middle"])} in the middle with '
             text += 'causal scores halved'
+        if (plan.get('knobs') or {}).get('matmul', 'default') != 'default':
+            text += '; the peak is that of bfloat16'
         facts.append(('MFU', text))
     return Section('speed', 'Speed', tuple(facts)) if facts else None
 

@@ -274,3 +274,19 @@ def test_seconds(value, text):
 )  # fmt: skip
 def test_between(ends, text):
     assert forms.between(ends, forms.seconds) == text
+
+
+def test_what_is_exchanged_has_a_column_where_it_is_known():
+    plan = sample_plan.plan()
+    [found] = [section for section in sections(plan) if section.key == 'collectives']
+    assert 'what' in found.head
+    bare = [{**c, 'what': ''} for c in plan['collectives']]
+    [found] = [s for s in sections({**plan, 'collectives': bare}) if s.key == 'collectives']
+    assert 'what' not in found.head
+    assert {len(row) for row in found.rows} == {len(found.head)}
+
+
+def test_the_peak_of_quantized_products_is_named():
+    plan = sample_plan.plan()
+    assert 'the peak is that of bfloat16' not in show(plan)
+    assert 'the peak is that of bfloat16' in show({**plan, 'knobs': {'matmul': 'int8'}})

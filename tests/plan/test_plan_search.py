@@ -5,6 +5,7 @@ import re
 
 import pytest
 
+from bigjax.mesh import parse_mesh
 from bigjax.plan import assess as assessing
 from bigjax.plan import search as searching
 from bigjax.plan.assess import by_closed_form
@@ -37,6 +38,10 @@ def test_meshes_are_of_all_devices(known):
     assert 'fsdp=8,tensor=2' in texts
     assert texts[-1] == 'data=16'
     assert len(texts) == len(set(texts)) >= 6
+    assert not any('expert' in text for text in texts)
+    sparse = by_closed_form('llama', {**FAST, 'experts': 4}, parse('h100:4'))
+    found = [text for text in meshes(sparse) if 'expert' in text]
+    assert [parse_mesh(text, 4)['expert'] for text in found] == [2, 4]
     slices = by_closed_form('llama', {**MODEL, 'mesh': 'data=2,fsdp=8'}, parse('2*v5e:2x4'))
     assert meshes(slices)[0] == 'data=2,fsdp=8'
 

@@ -178,7 +178,8 @@ def candidate(found: Assessment, knobs: Mapping[str, Any]) -> dict[str, Any]:
         'mfu': step and mfu(found, step)['middle'],
         'timeline': walk and {'low': _timeline(walk.low), 'high': _timeline(walk.high)},
         'peak_bytes': found.memory.total,
-        'recomputed_flops': max(0.0, more),
+        # The gradient of attention computes its scores again whatever blocks keep.
+        'recomputed_flops': more if more > 0.01 * found.closed.causal_flops else 0.0,
     }
 
 

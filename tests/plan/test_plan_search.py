@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from types import SimpleNamespace
 
 import pytest
 
@@ -93,6 +94,7 @@ def test_the_worst_are_among_those_tried(searched):
         if change in picked and way.fits
     ]
     assert max(own) == speeds[-1]
+    assert len({change['mesh'] for change in picked}) >= 4
     assert min(own) < speeds[len(speeds) // 2]
 
 
@@ -176,3 +178,20 @@ def test_an_interrupted_plan_says_how_to_go_on(tmp_path, monkeypatch, capsys):
         f'\ninterrupted; what was compiled is in {tmp_path}/plan, and the same command goes on '
         'from there\n'
     )
+
+
+def test_good_ones_and_bad_ones_are_of_different_meshes():
+    def way(seconds):
+        machine = SimpleNamespace(hardware=SimpleNamespace(hbm_bytes=10))
+        closed = SimpleNamespace(predicted_seconds=seconds)
+        memory = SimpleNamespace(total=1)
+        return SimpleNamespace(closed=closed, tokens_per_step=1, memory=memory, topology=machine)
+
+    guessed = [
+        ({'mesh': mesh, 'remat': remat}, way(10 * i + j))
+        for i, mesh in enumerate('abcde')
+        for j, remat in enumerate('xyz')
+    ]
+    names = [change['mesh'] + change['remat'] for change in searching.chosen(guessed, 6)]
+    # The best, the best of other meshes, and where all fit two of the worst.
+    assert names == ['ax', 'ay', 'bx', 'cx', 'ez', 'dz']

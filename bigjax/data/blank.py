@@ -54,14 +54,23 @@ def blank_images(classes: str, *, side: int, channels: int) -> ImageData:
     Raises:
         UsageError: `classes` is not a positive number.
     """
+    names = numbered(classes)
+    shape = (side or 224, side or 224, channels or 3)
+    image = np.broadcast_to(np.uint8(0), (RECORDS, *shape))
+    records = ArrayRecords({'image': image, 'label': np.zeros(RECORDS, np.int32)})
+    card = Card(NAME, DESCRIPTION, sizes={'train': RECORDS, 'test': RECORDS})
+    return ImageData(records, records, names, shape, card)
+
+
+def numbered(classes: str) -> tuple[str, ...]:
+    """Returns names of so many classes.
+
+    Raises:
+        UsageError: `classes` is not a positive number.
+    """
     if not classes.isdecimal() or int(classes) < 1:
         raise UsageError(
             f'--dataset={NAME}:{classes}: must end in a number of classes; '
             f'try --dataset={NAME}:1000'
         )
-    shape = (side or 224, side or 224, channels or 3)
-    image = np.broadcast_to(np.uint8(0), (RECORDS, *shape))
-    records = ArrayRecords({'image': image, 'label': np.zeros(RECORDS, np.int32)})
-    names = tuple(f'class {number}' for number in range(int(classes)))
-    card = Card(NAME, DESCRIPTION, sizes={'train': RECORDS, 'test': RECORDS})
-    return ImageData(records, records, names, shape, card)
+    return tuple(f'class {number}' for number in range(int(classes)))

@@ -99,7 +99,8 @@ def open_classification(
     """Returns labelled texts as rows of tokens, preparing them on first use.
 
     Args:
-        dataset: 'catalogues' (Django's; 'catalogues:PACKAGE' for another), 'csv:FILE', 'tfds:NAME'.
+        dataset: 'catalogues' (Django's; 'catalogues:PACKAGE' for another), 'csv:FILE', 'tfds:NAME',
+            or 'blank:CLASSES', which is read from nowhere.
         seq: tokens in a row; longer texts are cut.
         data_dir: where prepared data is kept.
         tokenizer: as for `tokenizer_name`; what is trained is trained on the training texts, once.
@@ -115,6 +116,11 @@ def open_classification(
     name = tokenizer_name(tokenizer, vocab)
     if seq < 1:
         raise UsageError(f'--seq={seq}: must be at least 1; try --seq=128')
+    if dataset.startswith('blank:'):
+        from bigjax.data.blank_texts import blank_classification
+
+        classes, pair = dataset.removeprefix('blank:'), bool(pair_column)
+        return blank_classification(classes, seq=seq, tokenizer=tokenizer, vocab=vocab, pair=pair)
     data_dir = os.path.expanduser(data_dir)
     source = open_labelled(
         dataset,

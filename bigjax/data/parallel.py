@@ -134,7 +134,7 @@ def open_parallel(
     """Returns pairs of texts as rows of tokens, preparing them on first use.
 
     Args:
-        dataset: 'catalogues:LANG', 'csv:FILE' or 'tfds:NAME'.
+        dataset: 'catalogues:LANG', 'csv:FILE', 'tfds:NAME', or 'blank', which is read from nowhere.
         seq: tokens in a row, the end included; longer texts are cut, and counted in the card.
         data_dir: where prepared data is kept.
         tokenizer: 'bytes', or 'bpe' trained on both sides of the training pairs, once.
@@ -151,6 +151,10 @@ def open_parallel(
     name = tokenizer_name(tokenizer, vocab)
     if seq < 2:
         raise UsageError(f'--seq={seq}: must be at least 2; try --seq=64')
+    if dataset == 'blank':
+        from bigjax.data.blank_texts import blank_parallel
+
+        return blank_parallel(seq=seq, tokenizer=tokenizer, vocab=vocab)
     data_dir = os.path.expanduser(data_dir)
     source = open_pairs(
         dataset,

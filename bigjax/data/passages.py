@@ -154,7 +154,7 @@ def open_passages(
     """Returns a corpus as passages, preparing it on first use.
 
     Args:
-        dataset: 'stdlib', 'files:GLOB' or 'tfds:NAME'.
+        dataset: 'stdlib', 'files:GLOB', 'tfds:NAME', or 'blank', which is read from nowhere.
         seq: tokens in a row, special ones included.
         data_dir: where prepared data is kept.
         tokenizer: one with special tokens; see `bigjax.data.tokenizers.tokenizer_name`.
@@ -167,6 +167,10 @@ def open_passages(
     if seq < 8:
         raise UsageError(f'--seq={seq}: must be at least 8; try --seq=128')
     name = tokenizer_name(tokenizer, vocab)
+    if dataset == 'blank':
+        from bigjax.data.blank_texts import blank_passages
+
+        return blank_passages(seq=seq, tokenizer=tokenizer, vocab=vocab, pair=pair)
     data_dir = os.path.expanduser(data_dir)
     corpus = open_corpus(dataset, data_dir=data_dir)
     folder = prepared(

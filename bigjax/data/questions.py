@@ -189,7 +189,8 @@ def open_questions(
     """Returns questions about texts as rows of tokens, preparing them on first use.
 
     Args:
-        dataset: 'stdlib' or 'squad:FILE.json'; see `bigjax.data.squad.open_asked`.
+        dataset: 'stdlib' or 'squad:FILE.json', see `bigjax.data.squad.open_asked`; or 'blank',
+            which is read from nowhere.
         seq: tokens in a row.
         data_dir: where prepared data is kept.
         tokenizer: one with special tokens; see `bigjax.data.tokenizers.tokenizer_name`.
@@ -209,6 +210,11 @@ def open_questions(
             f'--overlap={overlap}: must be at most half of --seq={seq}; try --overlap={seq // 3}'
         )
     name = tokenizer_name(tokenizer, vocab)
+    if dataset == 'blank':
+        from bigjax.data.blank_texts import blank_questions
+
+        sizes = {'longest_question': longest_question, 'overlap': overlap}
+        return blank_questions(seq=seq, tokenizer=tokenizer, vocab=vocab, **sizes)
     data_dir = os.path.expanduser(data_dir)
     key, read = open_asked(dataset, test_file, data_dir)
 

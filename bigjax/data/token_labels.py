@@ -145,7 +145,8 @@ def open_token_labels(
     Args:
         dataset: 'stdlib' (names in the standard library's source), 'conll:FILE' (a word and its
             label a line, the first and the last column; a blank line ends a text) or 'jsonl:FILE'
-            (an object a line with the lists "words" and "labels").
+            (an object a line with the lists "words" and "labels"), or 'blank:CLASSES', which is
+            read from nowhere.
         seq: tokens in a row, special ones included.
         data_dir: where prepared data is kept.
         tokenizer: one with special tokens; see `bigjax.data.tokenizers.tokenizer_name`.
@@ -158,6 +159,11 @@ def open_token_labels(
     if seq < 8:
         raise UsageError(f'--seq={seq}: must be at least 8; try --seq=128')
     name = tokenizer_name(tokenizer, vocab)
+    if dataset.startswith('blank:'):
+        from bigjax.data.blank_texts import blank_token_labels
+
+        classes = dataset.removeprefix('blank:')
+        return blank_token_labels(classes, seq=seq, tokenizer=tokenizer, vocab=vocab)
     data_dir = os.path.expanduser(data_dir)
     key, read = open_sentences(dataset, test_file, data_dir)
 

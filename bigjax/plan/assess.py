@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from bigjax.experiment import Experiment
+from bigjax.models.decoder import DecoderLM
 from bigjax.plan.arithmetic.closed_form import closed_form, optimizer_slots
 from bigjax.plan.options import PlanOptions
 from bigjax.plan.program.compiled import (
@@ -23,7 +24,8 @@ from bigjax.plan.program.memory import account
 from bigjax.plan.program.timeline import walk
 from bigjax.plan.records import ClosedForm, Memory, Walk
 from bigjax.plan.topology import Topology
-from bigjax.plan.trust import closed_error
+from bigjax.plan.trust import UNKNOWN, closed_error
+from bigjax.run import UsageError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,6 +55,11 @@ class Assessment:
     notes: tuple[str, ...] = ()
 
     @property
+    def decoder(self) -> bool:
+        """Whether it is of the kind that the closed form knows in full."""
+        return isinstance(self.experiment.model, DecoderLM)
+
+    @property
     def fits(self) -> bool:
         """Whether HBM holds it: the compiler's word, else the sum of the closed form."""
         if self.compiled:
@@ -67,7 +74,7 @@ class Assessment:
         if self.walk:
             low, high = self.walk.low.seconds, self.walk.high.seconds
             return min(low, high), max(low, high)
-        error = closed_error(self.topology.hardware.name)
+        error = closed_error(self.topology.hardware.name) if self.decoder else UNKNOWN
         seconds = self.closed.predicted_seconds
         return max(seconds * (1 - error), self.closed.roofline_seconds), seconds * (1 + error)
 
@@ -101,8 +108,9 @@ def by_closed_form(
     Raises:
       UsageError: it does not fit the machine.
     """
+    _check_kernels(values, topology)
     experiment = without_data(name, values)
-    if slots is None and experiment.model:
+    if slots is None and isinstance(experiment.model, DecoderLM):
         slots = optimizer_slots(experiment)
     closed = closed_form(experiment, topology, slots)
     return Assessment(
@@ -114,6 +122,17 @@ def by_closed_form(
         memory=closed.memory,
         notes=closed.notes,
     )
+
+
+def _check_kernels(values: Mapping[str, Any], topology: Topology) -> None:
+    """Raises UsageError where a kernel is asked for that the machine cannot run."""
+    other, chips = ('gpu', 'GPUs') if topology.hardware.is_tpu else ('tpu', 'TPUs')
+    for knob in ('attention', 'conv'):
+        if values.get(knob) == other:
+            raise UsageError(
+                f'--{knob}={other}: is a kernel for {chips}, and --topology={topology.name} has '
+                f'none; try --{knob}=auto'
+            )
 
 
 def assess(
@@ -158,7 +177,8 @@ def why_closed(topology: Topology, options: PlanOptions) -> str:
 
 def _with_program(known: Assessment, compiled: Compiled) -> Assessment:
     """Adds what the compiler says."""
-    topology, notes = known.topology, known.notes
+    topology = known.topology
+    notes = tuple(f'of the closed form: {note}' for note in known.notes)
     if not compiled.fits:
         return dataclasses.replace(
             known,

@@ -25,6 +25,12 @@ def bottleneck(found: Assessment) -> str:
     largest = max(parts, key=parts.__getitem__)
     share = _share(parts[largest] / whole)
     if largest == 'other':
+        if found.walk.hbm_bytes / found.topology.hardware.hbm_bytes_per_s < SMALL * whole:
+            return (
+                f'{share} neither products nor kernels, nor waiting for HBM, but many small '
+                'operations, or much that is computed element by element; a larger --batch helps '
+                'where they are small'
+            )
         narrow = found.values.get('dtype') == 'bfloat16'
         way = 'a larger --batch has more products for it' if narrow else 'try --dtype=bfloat16'
         return f'{share} neither products nor kernels, but what reads and writes HBM; {way}'

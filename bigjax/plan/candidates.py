@@ -16,6 +16,7 @@ Change = dict[str, Any]
 # What blocks keep for the gradient, the most first.
 REMATS = ('none', 'minimal', 'save_out', 'save_qkv', 'save_attention', 'full')
 TENSOR = (1, 2, 4, 8, 16)
+EXPERT = (2, 4, 8)
 MOST_ACCUMULATED = 64
 
 
@@ -31,7 +32,7 @@ def closed(
 
 
 def meshes(found: Assessment) -> list[str]:
-    """Returns meshes of all devices: FSDP with and without tensor, data between slices, data."""
+    """Returns meshes of all devices: FSDP alone, with tensor, with experts, with data; data."""
     topology = found.topology
     slices = topology.slices if topology.hardware.is_tpu else 1
     inside = topology.devices // slices
@@ -40,6 +41,11 @@ def meshes(found: Assessment) -> list[str]:
         if inside % tensor == 0 and tensor <= inside:
             sizes = {'data': slices, 'fsdp': inside // tensor, 'tensor': tensor}
             texts.append(mesh_text(sizes) or 'data=1')
+    experts = getattr(getattr(found.experiment.model, 'routing', None), 'experts', 0)
+    for expert in EXPERT:
+        if experts and experts % expert == 0 == inside % expert:
+            sizes = {'data': slices, 'fsdp': inside // expert, 'expert': expert}
+            texts.append(mesh_text(sizes))
     for data in (2, 8):
         if inside % data == 0 and inside > data:
             texts.append(mesh_text({'data': slices * data, 'fsdp': inside // data}))

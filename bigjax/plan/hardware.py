@@ -5,7 +5,8 @@ cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x} and NVIDIA's data sheets (H100,
 of a TPU: the "available HBM" that libtpu 0.0.52 names when a program does not fit; of a GPU: what
 nvidia-smi calls its total. Links: the same pages give the sum of both directions of all links, 400,
 800 and 1,200 GB/s a chip of v5e, v6e and v5p (v7x too), 4 links on a 2-D and 6 on a 3-D torus;
-v4 has six of 50 GB/s (Jouppi et al. 2023, arXiv:2304.01433, table 4). Network between slices:
+v4 has six of 50 GB/s (Jouppi et al. 2023, arXiv:2304.01433, table 4). Between both devices of a v7x
+chip, six times a link of the chip (the same pages). Network between slices:
 50 Gb/s a chip (v5p), 6.4 and 25.6 Tb/s a pod of 256 (v5e, v6e), 100 Gb/s a chip (v7x), 400 Gb/s
 a GPU; v4's is taken to be v5e's and v7x's v6e's, for their pages give none.
 """
@@ -32,6 +33,7 @@ class Hardware:
       hbm_bytes: memory of a device that a program can have.
       hbm_bytes_per_s: its rate.
       ici_bytes_per_s: of one link of a device, one way; of a GPU, of its whole NVLink.
+      chip_bytes_per_s: between the devices of one chip, one way; 0 where it is one device.
       dimensions: of the torus, with two links each; 0 is a switch (NVLink).
       dcn_bytes_per_s: between slices (hosts of GPUs), of a device.
       devices_per_chip: 2 on v7x.
@@ -55,6 +57,7 @@ class Hardware:
     ici_bytes_per_s: float
     dimensions: int
     dcn_bytes_per_s: float
+    chip_bytes_per_s: float = 0.0
     devices_per_chip: int = 1
     chips_per_host: int = 4
     largest: int = 256
@@ -113,7 +116,7 @@ HARDWARE: dict[str, Hardware] = {
         Hardware(
             **_known('v7x'), int8_flops=1155e12, fp8_flops=2307e12, hbm_bytes=int(94.74 * GIB),
             ici_bytes_per_s=50e9, dimensions=3, dcn_bytes_per_s=6.25e9, devices_per_chip=2,
-            largest=9216, cores_in_name=2,
+            chip_bytes_per_s=600e9, largest=9216, cores_in_name=2,
         ),
         Hardware(
             **_known('h100'), int8_flops=1979e12, fp8_flops=1979e12, hbm_bytes=int(79.6 * GIB),

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from bigjax import experiment as experiments
-from bigjax.plan.assess import assess
+from bigjax.plan.assess import assess, why_closed
 from bigjax.plan.options import PlanOptions
 from bigjax.plan.report.page import write_page
 from bigjax.plan.report.terminal import show
@@ -59,10 +59,17 @@ def run(name: str, values: Mapping[str, Any], options: PlanOptions, workdir: Pat
     """Makes a plan, shows it, and writes plan.json and plan.html below the workdir.
 
     Returns:
-      The exit status: 0 also where the answer is that it does not fit.
+      The exit status: 0 also where the answer is that it does not fit, 130 where it is interrupted.
     """
     folder = workdir / 'plan'
-    result = plan(name, values, options, folder)
+    if not why_closed(topology := parse(options.topology), options):
+        print(f'compiling for {topology.name}, a minute or more; not with --fast', file=sys.stderr)
+    try:
+        result = plan(name, values, options, folder)
+    except KeyboardInterrupt:
+        goes_on = f'what was compiled is in {folder}, and the same command goes on from there'
+        print(f'\ninterrupted; {goes_on}', file=sys.stderr)
+        return 130
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(result, indent=1)
     (folder / 'plan.json').write_text(text + '\n', 'utf-8')

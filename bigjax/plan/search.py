@@ -68,19 +68,24 @@ def chosen(guessed: list[tuple[Change, Assessment]], tries: int) -> list[Change]
     bad = max(2, tries // 4)
     picked: list[Change] = []
 
-    def pick(pairs: list[tuple[Change, Assessment]], most: int, new: str = '') -> None:
-        """Takes from the front, each value of the knob `new` once."""
-        seen: set[Any] = set()
+    def pick(
+        pairs: list[tuple[Change, Assessment]], most: int, seen: set[Any] | None = None
+    ) -> None:
+        """Takes from the front until there are so many, of meshes that are not in `seen`."""
         for change, _ in pairs:
             if len(picked) >= most:
                 return
-            if change not in picked and (not new or change[new] not in seen):
-                seen.add(change.get(new))
+            if change not in picked and (seen is None or change['mesh'] not in seen):
                 picked.append(change)
+                if seen is not None:
+                    seen.add(change['mesh'])
 
+    worst = ranked[::-1]
     pick(ranked, (tries - bad) // 2)
-    pick(ranked, tries - bad, 'mesh')
-    pick(list(reversed(ranked)), tries - bad // 2, 'mesh')
+    pick(ranked, tries - bad, {change['mesh'] for change in picked})
+    slow = set[Any]()
+    pick(worst, tries - bad // 2, slow)
     pick(rest, tries)
+    pick(worst, tries, slow)  # where all fit
     pick(ranked, tries)
     return picked

@@ -51,7 +51,9 @@ def summary(name: str, found: Assessment, options: PlanOptions) -> dict[str, Any
         'collectives': [dataclasses.asdict(row) for row in collectives],
         'predicted_step_seconds': step and spread(step),
         'timeline': walk and {'low': _timeline(walk.low), 'high': _timeline(walk.high)},
-        'calibration': calibration(topology.hardware.name, compiled=bool(walk)),
+        'calibration': calibration(topology.hardware.name, compiled=bool(walk))
+        if walk or found.decoder
+        else None,
         'roofline_seconds': found.closed.roofline_seconds,
         'mfu': step and mfu(found, step),
         'tokens_per_step': found.tokens_per_step,
@@ -176,7 +178,8 @@ def candidate(found: Assessment, knobs: Mapping[str, Any]) -> dict[str, Any]:
         'mfu': step and mfu(found, step)['middle'],
         'timeline': walk and {'low': _timeline(walk.low), 'high': _timeline(walk.high)},
         'peak_bytes': found.memory.total,
-        'recomputed_flops': max(0.0, more),
+        # The gradient of attention computes its scores again whatever blocks keep.
+        'recomputed_flops': more if more > 0.01 * found.closed.causal_flops else 0.0,
     }
 
 

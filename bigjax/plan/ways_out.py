@@ -1,13 +1,15 @@
 """The smallest changes with which an experiment fits its machine, tried by compiling."""
 
-import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from bigjax.plan.assess import Assessment, assess
 from bigjax.plan.candidates import Change, closed, smaller
+from bigjax.plan.hardware import HARDWARE, Hardware
 from bigjax.plan.options import PlanOptions
 from bigjax.plan.summary import as_flags, spread
 from bigjax.plan.topology import Topology, parse, shapes
@@ -22,6 +24,7 @@ def ways_out(
     """Returns what was tried, the best first, and a sentence where nothing fits.
 
     Arithmetic chooses the order: fewest knobs changed, then the fastest of those that it says fit.
+    Once a way fits, more of the same knobs is no other way out, and is not tried.
 
     Args:
       name: of the experiment.
@@ -40,9 +43,12 @@ def ways_out(
             cost = len(change) + 2 * ('batch' in change)
             ranked.append(((cost, guess.closed.predicted_seconds / guess.tokens_per_step), change))
     tried: list[dict[str, Any]] = []
-    for _, change in sorted(ranked, key=lambda pair: pair[0]):
+    enough: list[set[str]] = []
+    for _, change in tqdm(sorted(ranked, key=lambda pair: pair[0]), 'ways out', leave=False):
         if len(tried) >= MOST or sum(way['fits'] for way in tried) >= ENOUGH:
             break
+        if set(change) in enough:
+            continue
         try:
             way = assess(name, {**found.values, **change}, found.topology, options, kept)
         except UsageError:
@@ -50,6 +56,7 @@ def ways_out(
         # Arithmetic alone is no trial where the compiler failed.
         if way.compiled or not found.compiled:
             tried.append(_row(change, way))
+            enough += [set(change)] if way.fits else []
     fitting = [way for way in tried if way['fits']]
     note = '' if fitting else larger(name, found)
     return [*fitting, *(way for way in tried if not way['fits'])], note
@@ -67,42 +74,51 @@ def _row(change: Mapping[str, Any], way: Assessment) -> dict[str, Any]:
 
 
 def larger(name: str, found: Assessment) -> str:
-    """Returns the smallest machine of the generation that holds it, by arithmetic."""
+    """Returns the smallest machine that holds it, by arithmetic: of the generation, or of others.
+
+    Args:
+      name: of the experiment.
+      found: what does not fit.
+    """
     hardware, here = found.topology.hardware, found.topology.name
-    for topology in _growing(found.topology):
-        devices = topology.devices
-        run = found.experiment.run
-        batch = max(1, round(run.batch / devices)) * devices
-        change: Change = {'mesh': f'fsdp={devices}', 'batch': batch}
-        if topology.slices > 1:
-            inside = devices // topology.slices
-            change['mesh'] = f'data={topology.slices},fsdp={inside}'
-        if 'remat' in found.values or hasattr(found.experiment.model, 'remat'):
-            change['remat'] = 'full'
-        guess = closed(name, found, {'accumulate': 1, 'dcn': '', **change}, topology)
-        if guess and guess.closed.memory.total <= hardware.hbm_bytes:
+    tried = f'no mesh, remat policy or batch that was tried fits {here}'
+    if flags := _holds(name, found, _growing(hardware, found.topology.chips)):
+        return f'{tried}; by the closed form, the smallest {hardware.name} that holds it: {flags}'
+    for other in sorted(HARDWARE.values(), key=lambda other: other.hbm_bytes):
+        if other.is_tpu != hardware.is_tpu or other.hbm_bytes <= hardware.hbm_bytes:
+            continue
+        if flags := _holds(name, found, _growing(other)):
             return (
-                f'no mesh, remat policy or batch that was tried fits {here}; by the closed form, '
-                f'the smallest {hardware.name} that holds it: --topology={topology.name} '
-                f'{as_flags(change)}'
+                f'{tried}, and by the closed form no slice of {hardware.name} does; the '
+                f'smallest {other.name} that holds it: {flags}'
             )
     return (
-        f'no mesh, remat policy or batch that was tried fits {here}, and by the closed form no '
-        f'slice of {hardware.name} does; try a smaller model, or a chip with more HBM: '
-        f'--topology=v5p:8x8x8'
+        f'{tried}, and by the closed form nothing larger does, nor a chip with more HBM; '
+        'try a smaller model'
     )
 
 
-def _growing(topology: Topology) -> list[Topology]:
-    """Larger machines of a generation, the smallest first."""
-    if not topology.hardware.is_tpu:
-        counts = [topology.chips * 2**i for i in range(1, 8)]
-        return [parse(f'{topology.hardware.name}:{max(8, count)}') for count in counts]
-    found = [
-        dataclasses.replace(topology, shape=shape, slices=1)
-        for shape in shapes(topology.hardware)
-        if math.prod(shape) > topology.chips
-    ]
+def _holds(name: str, found: Assessment, machines: Sequence[Topology]) -> str:
+    """The flags with which the first of some machines holds it by arithmetic; '' if none does."""
+    run = found.experiment.run
+    for topology in machines:
+        devices = topology.devices
+        batch = max(1, round(run.batch / devices)) * devices
+        change: Change = {'mesh': f'fsdp={devices}', 'batch': batch}
+        if 'remat' in found.values or hasattr(found.experiment.model, 'remat'):
+            change['remat'] = 'full'
+        guess = closed(name, found, {'accumulate': 1, 'dcn': '', **change}, topology)
+        if guess and guess.closed.memory.total <= topology.hardware.hbm_bytes:
+            return f'--topology={topology.name} {as_flags(change)}'
+    return ''
+
+
+def _growing(hardware: Hardware, beyond: int = 0) -> list[Topology]:
+    """Machines of a generation with more than so many chips, the smallest first."""
+    if not hardware.is_tpu:
+        counts = [8 * 2**i for i in range(12) if beyond < 8 * 2**i <= hardware.largest]
+        return [parse(f'{hardware.name}:{count}') for count in counts]
+    found = [Topology(hardware, s) for s in shapes(hardware) if math.prod(s) > beyond]
     powers = [t for t in found if t.chips & (t.chips - 1) == 0]
     unique = {t.chips: t for t in sorted(powers, key=_cubic, reverse=True)}
     return [unique[chips] for chips in sorted(unique)]

@@ -8,8 +8,9 @@ import re
 import pytest
 import sample_plan
 
-from bigjax.plan.report import charts, forms, ranking, view
+from bigjax.plan.report import charts, forms, ranking
 from bigjax.plan.report.page import write_page
+from bigjax.plan.report.sections import sections
 from bigjax.plan.report.terminal import show
 
 PLANS = ('plan', 'fast', 'too_large')
@@ -85,7 +86,7 @@ def test_page_and_terminal_say_the_same(tmp_path, name):
     _, page = read(plan, tmp_path)
     words = ' '.join(' '.join(page.text).split())
     report = ' '.join(show(plan).split())
-    for section in view.sections(plan):
+    for section in sections(plan):
         cells = [cell for row in (section.head, *section.rows) for cell in row]
         for text in (section.title, *sum(section.facts, ()), *cells, *section.notes):
             assert text in words
@@ -220,7 +221,7 @@ def test_what_does_not_fit_has_ways_out_and_no_speed():
 def test_peak_is_the_compilers_not_the_sum():
     plan = sample_plan.plan()
     plan['peak_bytes'] = 80 * 2**30
-    [memory] = [section for section in view.sections(plan) if section.key == 'memory']
+    [memory] = [section for section in sections(plan) if section.key == 'memory']
     [peak] = [row for row in memory.rows if row[0] == 'peak']
     assert peak == ('peak', '80.0 GiB', '65.7 GiB', '83.6 %')
 
@@ -273,3 +274,19 @@ def test_seconds(value, text):
 )  # fmt: skip
 def test_between(ends, text):
     assert forms.between(ends, forms.seconds) == text
+
+
+def test_what_is_exchanged_has_a_column_where_it_is_known():
+    plan = sample_plan.plan()
+    [found] = [section for section in sections(plan) if section.key == 'collectives']
+    assert 'what' in found.head
+    bare = [{**c, 'what': ''} for c in plan['collectives']]
+    [found] = [s for s in sections({**plan, 'collectives': bare}) if s.key == 'collectives']
+    assert 'what' not in found.head
+    assert {len(row) for row in found.rows} == {len(found.head)}
+
+
+def test_the_peak_of_quantized_products_is_named():
+    plan = sample_plan.plan()
+    assert 'the peak is that of bfloat16' not in show(plan)
+    assert 'the peak is that of bfloat16' in show({**plan, 'knobs': {'matmul': 'int8'}})

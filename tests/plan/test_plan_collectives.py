@@ -89,6 +89,19 @@ def test_links(wrap, group, links) -> None:
     assert fabric().links(group) == 2
 
 
+def test_devices_of_a_chip_have_a_link_of_their_own() -> None:
+    v7x = HARDWARE['v7x']
+    chips = [(x, 0, 0) for x in (0, 0, 1, 1)]
+    place = make_fabric(v7x, {'fsdp': 2, 'tensor': 2}, coordinates=chips, wrap=(False,) * 3)
+    assert place.rate([0, 1]) == place.rate([2, 3]) == 12 * v7x.ici_bytes_per_s
+    assert place.rate([0, 2]) == place.rate([0, 1, 2, 3]) == v7x.ici_bytes_per_s
+    assert place.permute_rate([[0, 1], [1, 0], [2, 2]]) == v7x.chip_bytes_per_s
+    assert place.permute_rate([[0, 2], [1, 3]]) == v7x.ici_bytes_per_s
+    # Of a v5p chip there is one device.
+    alone = make_fabric(HARDWARE['v5p'], {'tensor': 2}, coordinates=chips[::2], wrap=(False,) * 3)
+    assert alone.rate([0, 1]) == HARDWARE['v5p'].ici_bytes_per_s
+
+
 def test_hops_go_around_where_there_is_a_way() -> None:
     torus = [(i // 4, i % 4, 0) for i in range(16)]  # as JAX has it, for two sides
     for wrap, far in (((True, True), 1.0), ((False, False), 3.0)):

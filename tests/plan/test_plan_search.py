@@ -1,24 +1,30 @@
 """Searches: what is tried, in which order it stands, and that it is tried once."""
 
 import dataclasses
+import re
+from types import SimpleNamespace
 
 import pytest
 
+from bigjax.mesh import parse_mesh
 from bigjax.plan import assess as assessing
 from bigjax.plan import search as searching
 from bigjax.plan.assess import by_closed_form
 from bigjax.plan.candidates import every, meshes, smaller
 from bigjax.plan.options import PlanOptions
-from bigjax.plan.plan import plan
+from bigjax.plan.plan import plan, run
 from bigjax.plan.program.compiled import CompileError
 from bigjax.plan.topology import parse
-from bigjax.plan.ways_out import ways_out
+from bigjax.plan.ways_out import larger, ways_out
+from bigjax.run import UsageError
 
 MODEL = {
     'depth': 8, 'width': 2048, 'heads': 16, 'kv_heads': 16, 'hidden': 8192, 'vocab': 32000,
     'seq': 2048, 'batch': 64, 'scan': True, 'dtype': 'bfloat16', 'mesh': 'fsdp=16',
-    'remat': 'full', 'attention': 'tpu',
+    'remat': 'full',
 }  # fmt: skip
+# Arithmetic traces the model for each way, which takes longer where layers are scanned.
+FAST = {**MODEL, 'mesh': 'fsdp=4', 'scan': False}
 
 
 @pytest.fixture(scope='module')
@@ -33,13 +39,32 @@ def test_meshes_are_of_all_devices(known):
     assert 'fsdp=8,tensor=2' in texts
     assert texts[-1] == 'data=16'
     assert len(texts) == len(set(texts)) >= 6
+    assert not any('expert' in text for text in texts)
+    sparse = by_closed_form('llama', {**FAST, 'experts': 4}, parse('h100:4'))
+    found = [text for text in meshes(sparse) if 'expert' in text]
+    assert [parse_mesh(text, 4)['expert'] for text in found] == [2, 4]
     slices = by_closed_form('llama', {**MODEL, 'mesh': 'data=2,fsdp=8'}, parse('2*v5e:2x4'))
     assert meshes(slices)[0] == 'data=2,fsdp=8'
 
 
-def test_a_search_ranks_good_and_bad_ones(tmp_path):
-    options = PlanOptions(topology='h100:16', search=True, tries=8)
-    rows = plan('llama', MODEL, options, tmp_path)['search']
+@pytest.fixture(scope='module')
+def searched(tmp_path_factory):
+    """The rows of a search, every way that arithmetic looked at, and those that were picked."""
+    options, seen = PlanOptions(topology='h100:4', search=True, tries=8), []
+
+    def chosen(guessed, tries):
+        seen.append((guessed, picked := whole(guessed, tries)))
+        return picked
+
+    whole = searching.chosen
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(searching, 'chosen', chosen)
+        rows = plan('llama', FAST, options, tmp_path_factory.mktemp('searched'))['search']
+    return rows, *seen[0]
+
+
+def test_a_search_ranks_good_and_bad_ones(searched):
+    rows, _, _ = searched
     assert len(rows) == 8
     fitting = [row for row in rows if row['fits']]
     assert [row['fits'] for row in rows] == [True] * len(fitting) + [False] * (8 - len(fitting))
@@ -49,12 +74,16 @@ def test_a_search_ranks_good_and_bad_ones(tmp_path):
     assert len({row['flags'] for row in rows}) == 8
 
 
-def test_the_worst_are_among_those_tried(known):
-    guessed = [
-        (change, searching.closed('llama', known, change)) for change in every('llama', known)
-    ]
-    guessed = [pair for pair in guessed if pair[1]]
-    picked = searching.chosen(guessed, 8)
+def test_every_way_is_looked_at(searched):
+    _, guessed, _ = searched
+    first = by_closed_form('llama', FAST, parse('h100:4'))
+    ways = list(every('llama', first))
+    assert len(ways) == len(meshes(first)) * 3 * 6  # batches, remat policies
+    assert [change for change, _ in guessed] == ways
+
+
+def test_the_worst_are_among_those_tried(searched):
+    _, guessed, picked = searched
     assert len(picked) == 8
     speeds = sorted(
         way.tokens_per_step / way.closed.predicted_seconds for _, way in guessed if way.fits
@@ -65,6 +94,7 @@ def test_the_worst_are_among_those_tried(known):
         if change in picked and way.fits
     ]
     assert max(own) == speeds[-1]
+    assert len({change['mesh'] for change in picked}) >= 4
     assert min(own) < speeds[len(speeds) // 2]
 
 
@@ -85,15 +115,18 @@ def test_what_failed_to_compile_is_told_and_others_go_on(known, tmp_path, monkey
     assert found.notes[0] == ('the compiler gave no program, this is the closed form: no such flag')
 
 
-def test_changes_that_keep_the_model_come_before_those_that_do_not(known, tmp_path):
-    large = by_closed_form('llama', {**MODEL, 'batch': 4096, 'remat': 'none'}, parse('h100:16'))
+def test_changes_that_keep_the_model_come_before_those_that_do_not(tmp_path):
+    large = by_closed_form('llama', {**FAST, 'batch': 1024, 'remat': 'none'}, parse('h100:4'))
     assert not large.fits
     first = next(iter(smaller('llama', large)))
     assert first == {'remat': 'minimal'}
-    ways, note = ways_out('llama', large, PlanOptions(topology='h100:16'), tmp_path)
+    ways, note = ways_out('llama', large, PlanOptions(topology='h100:4'), tmp_path)
     assert note == ''
     assert 'batch' not in ways[0]['flags']
     assert all(way['fits'] for way in ways)
+    # More of what already fits is no other way out.
+    knobs = [re.sub(r'=\S+', '', way['flags']) for way in ways]
+    assert len(set(knobs)) == len(knobs) == 2
 
 
 def test_a_knob_that_an_experiment_lacks_is_not_tried():
@@ -101,3 +134,64 @@ def test_a_knob_that_an_experiment_lacks_is_not_tried():
     assert dataclasses.is_dataclass(found)
     assert all('remat' not in change for change in every('mlp', found))
     assert all('remat' not in change for change in smaller('mlp', found))
+
+
+@pytest.mark.parametrize(
+    ('machine', 'knobs', 'said'),
+    [
+        ('v5e:2x2', {'size': '405B', 'batch': 4}, 'no slice of v5e does; the smallest v4 that'),
+        ('h100:8', {'size': '405B', 'batch': 8}, 'the smallest h100 that holds it: --topology='),
+        ('v5p:2x2x1', {'width': 2**17, 'heads': 1024, 'depth': 999, 'batch': 4},
+         'nothing larger does, nor a chip with more HBM; try a smaller model'),
+    ],
+)  # fmt: skip
+def test_a_machine_that_holds_it_is_named(machine, knobs, said):
+    values = {'scan': True, 'dtype': 'bfloat16', 'mesh': 'fsdp=-1', **knobs}
+    found = by_closed_form('llama', values, parse(machine))
+    assert not found.fits
+    note = larger('llama', found)
+    assert said in note
+    if named := re.search(r'--topology=(\S+) (.*)', note):
+        flags = dict(re.findall(r'--(\w+)=(\S+)', named[2]))
+        whole = {**values, **flags, 'batch': int(flags['batch'])}
+        assert by_closed_form('llama', whole, parse(named[1])).fits
+
+
+@pytest.mark.parametrize(('machine', 'impl'), [('v5e:2x2', 'gpu'), ('h100:8', 'tpu')])
+def test_kernels_of_another_machine_are_refused(machine, impl):
+    chips = {'gpu': 'GPUs', 'tpu': 'TPUs'}[impl]
+    with pytest.raises(UsageError) as error:
+        by_closed_form('llama', {'attention': impl}, parse(machine))
+    assert str(error.value) == (
+        f'--attention={impl}: is a kernel for {chips}, and --topology={machine} has none; '
+        'try --attention=auto'
+    )
+
+
+def test_an_interrupted_plan_says_how_to_go_on(tmp_path, monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr('bigjax.plan.plan.assess', interrupted)
+    assert run('llama', FAST, PlanOptions(topology='h100:4'), tmp_path) == 130
+    assert capsys.readouterr().err == (
+        f'\ninterrupted; what was compiled is in {tmp_path}/plan, and the same command goes on '
+        'from there\n'
+    )
+
+
+def test_good_ones_and_bad_ones_are_of_different_meshes():
+    def way(seconds):
+        machine = SimpleNamespace(hardware=SimpleNamespace(hbm_bytes=10))
+        closed = SimpleNamespace(predicted_seconds=seconds)
+        memory = SimpleNamespace(total=1)
+        return SimpleNamespace(closed=closed, tokens_per_step=1, memory=memory, topology=machine)
+
+    guessed = [
+        ({'mesh': mesh, 'remat': remat}, way(10 * i + j))
+        for i, mesh in enumerate('abcde')
+        for j, remat in enumerate('xyz')
+    ]
+    names = [change['mesh'] + change['remat'] for change in searching.chosen(guessed, 6)]
+    # The best, the best of other meshes, and where all fit two of the worst.
+    assert names == ['ax', 'ay', 'bx', 'cx', 'ez', 'dz']

@@ -40,7 +40,7 @@ def test_synchronous_exchanges_add_up() -> None:
     assert row.seconds == pytest.approx(3 * 50e6 / (2 * LINK))
     assert found.high.exposed == pytest.approx(row.seconds)
     assert row.exposed_seconds == pytest.approx(row.seconds)
-    assert found.high.hidden == pytest.approx(0, abs=1e-12)
+    assert found.high.hidden == 0
     assert found.high.seconds == pytest.approx(2e-3 + row.seconds)
 
 
@@ -230,7 +230,25 @@ def test_copies_beside_computation_only_add_what_is_left(work: tuple[str, ...]) 
 
 def test_copies_to_the_host_are_told() -> None:
     found = timed('%s = (f32[12500000]{:S(5)}, f32[12500000], u32[]{:S(2)}) copy-start(%x)')
-    assert found.notes == ('5e+07 bytes to and from the host are not timed',)
+    told = '47.7 MiB to and from the memory of the host: its time is not counted'
+    assert found.notes == (told,)
+
+
+@pytest.mark.parametrize(
+    'line',
+    [
+        '%s = ((f32[8,250000]{1,0:S(5)}, f32[1,250000], s32[]), f32[8,250000]{1,0:S(5)}, u32[]) '
+        'dynamic-update-slice-start(%host, %part, %i)',
+        '%s = ((f32[8,250000]{1,0:S(5)}, s32[]), f32[1,250000], u32[]) '
+        'dynamic-slice-start(%host, %i)',
+    ],
+    ids=['written', 'cut'],
+)
+def test_only_a_slice_travels_to_the_host(line: str) -> None:
+    given = ('%host = f32[8,250000]{1,0:S(5)} parameter(1)', '%part = f32[1,250000] parameter(2)',
+             '%i = s32[] parameter(3)')  # fmt: skip
+    found = timed(*given, line)
+    assert found.notes == ('977 KiB to and from the memory of the host: its time is not counted',)
 
 
 def test_a_reduce_scatter_that_is_written_as_an_all_reduce() -> None:

@@ -129,7 +129,7 @@ def _grouped(kind: str, groups: Groups, sent: float, n: int, fabric: Fabric) -> 
     seconds = 0.0
     if inside > 1:
         rounds = {'all-gather': slices * (inside - 1), 'all-reduce': 2 * (inside - 1) / inside}
-        rate = fabric.links(groups[0]) * fabric.hardware.ici_bytes_per_s
+        rate = fabric.rate(groups[0])
         # On a ring of n, a part of an all-to-all passes n / 4 links, and a link carries them all.
         far = max(1.0, inside / 4) if kind == 'all-to-all' and fabric.hardware.dimensions else 1.0
         seconds += sent * rounds.get(kind, (inside - 1) / inside) * far / rate
@@ -154,7 +154,7 @@ def _permute(instruction: Instruction, sent: Array, fabric: Fabric) -> Exchange 
     steps = [b - a for a, b in (fabric.places(pair) for pair in moved)]
     way = '+' if float(np.median(steps)) > 0 else '-'
     hardware = fabric.hardware
-    rate = hardware.dcn_bytes_per_s if far else hardware.ici_bytes_per_s / fabric.hops(moved)
+    rate = hardware.dcn_bytes_per_s if far else fabric.permute_rate(moved)
     return Exchange(
         'collective-permute', axes, float(sent.bytes), 'dcn' if far else 'ici', sent.bytes / rate,
         tuple((axis, way) for axis in axes),

@@ -83,18 +83,40 @@ class Compiled:
 
 
 def without_data(name: str, values: Mapping[str, Any]) -> Experiment:
-    """Returns the experiment with some knobs set; language models read zeros, not their text.
+    """Returns the experiment with some knobs set, and zeros for its texts.
+
+    Images, tables and labelled texts are opened, for how many classes they have; blank:CLASSES
+    tells that without them.
 
     Raises:
-      UsageError: knobs that do not fit, or data that another experiment needs and is not there.
+      UsageError: knobs that do not fit, or data that tells the number of classes and is not there.
     """
-    if 'dataset' in experiments.knobs(experiments.find(name)):
+    known = experiments.knobs(experiments.find(name))
+    dataset = values.get('dataset', known['dataset'].default) if 'dataset' in known else 'blank'
+    if not dataset.startswith('blank'):
         try:
             return experiments.load(name, **{**values, 'dataset': 'blank'})
         except UsageError as error:
             if not str(error).startswith('--dataset=blank'):
                 raise
-    return experiments.load(name, **values)
+    try:
+        return experiments.load(name, **values)
+    except UsageError as error:
+        if not str(error).startswith(f'--dataset={dataset}') or not _told(name, values):
+            raise
+        raise UsageError(
+            f'{error}; a plan takes no more from it than the number of classes, so also: try '
+            '--dataset=blank:1000'
+        ) from error
+
+
+def _told(name: str, values: Mapping[str, Any]) -> bool:
+    """Whether an experiment goes without its data where it is told the number of classes."""
+    try:
+        experiments.load(name, **{**values, 'dataset': 'blank:1000'})
+    except UsageError:
+        return False
+    return True
 
 
 def libtpu_missing() -> str:

@@ -106,11 +106,12 @@ class Reader:
                 yield from self.events(called, lambda _: None)
         elif opcode == 'conditional':
             branches = [self.events(c, lambda _: None) for c in self.module.called(instruction)]
-            longest = max(branches, key=_length)
-            yield Event(
-                name=instruction.name, body=longest,
-                note='the longest branch of a conditional counts',
-            )  # fmt: skip
+            longest, note = max(branches, key=_length), 'the longest branch of a conditional counts'
+            if '/attention/' in instruction.op_name:
+                # A ring skips the half of its blocks of which nothing is seen; kernels count so.
+                longest = tuple(_half(event) for event in longest)
+                note = 'half of the blocks of a ring of attention are skipped'
+            yield Event(name=instruction.name, body=longest, note=note)
         elif opcode.endswith('-done'):
             yield Event(name=instruction.name, ends=_begun(computation, instruction))
         elif opcode == 'send' and 'megascale' in instruction.attributes.get(
@@ -247,6 +248,15 @@ class Reader:
 def _length(events: tuple[Event, ...]) -> float:
     """Seconds of computation."""
     return sum(event.high + event.trips * _length(event.body) for event in events)
+
+
+def _half(event: Event) -> Event:
+    """An event as often as not, but for kernels, whose cost is already that of half the pairs."""
+    if event.category == 'kernels':
+        return event
+    names = ('low', 'high', 'flops', 'rematerialized_flops', 'hbm_bytes')
+    parts = {name: getattr(event, name) / 2 for name in names}
+    return dataclasses.replace(event, body=tuple(map(_half, event.body)), **parts)
 
 
 def _made_ready(computation: Computation, instruction: Instruction) -> bool:

@@ -84,6 +84,25 @@ class Fabric:
             found += 0 if extent == 1 else 2 if ring else 1
         return max(found, 1)
 
+    def rate(self, group: Sequence[int]) -> float:
+        """Returns the bytes per second that a device sends in an exchange of a whole group."""
+        return self._within(group) or self.links(group) * self.hardware.ici_bytes_per_s
+
+    def permute_rate(self, pairs: Groups) -> float:
+        """Returns the bytes per second from one device to another, at the median of the pairs."""
+        moved = [pair for pair in pairs if pair[0] != pair[1]]
+        inside = [pair for pair in moved if self._within(pair)]
+        if 2 * len(inside) > len(moved):
+            return self.hardware.chip_bytes_per_s
+        return self.hardware.ici_bytes_per_s / self.hops(pairs)
+
+    def _within(self, group: Sequence[int]) -> float:
+        """The rate within a chip if all of a group are on one, else 0."""
+        if not self.coordinates or not self.hardware.chip_bytes_per_s:
+            return 0.0
+        at = {(self.slices[place], self.coordinates[place]) for place in self.places(group)}
+        return self.hardware.chip_bytes_per_s if len(at) == 1 else 0.0
+
     def hops(self, pairs: Groups) -> float:
         """Returns how many links what is sent from one device to another passes, at the median."""
         moved = [pair for pair in pairs if pair[0] != pair[1]]

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Mapping, Sequence
 
+from bigjax import units
 from bigjax.plan.hardware import HARDWARE, Hardware
 from bigjax.plan.program.collectives import Exchange
 from bigjax.plan.program.events import Event, Reader
@@ -78,7 +79,8 @@ class Clock:
         self.now += waited
         row = (moved.kind, moved.axes, moved.network)
         self.exposed[row] = self.exposed.get(row, 0.0) + waited
-        self.hidden += max(0.0, seconds - waited)
+        # What is left of a sum of floats is no time.
+        self.hidden += seconds - waited if waited < (1 - 1e-6) * seconds else 0.0
 
     def _repeat(self, event: Event) -> None:
         """One trip stands for all: nothing is under way from one to the next."""
@@ -163,7 +165,8 @@ def walk(
     low, high = (Clock(slow).run(events) for slow in (False, True))
     sums = Sums().add(events)
     if sums.host_bytes:
-        sums.notes[f'{sums.host_bytes:.3g} bytes to and from the host are not timed'] = None
+        moved = units.size(sums.host_bytes)
+        sums.notes[f'{moved} to and from the memory of the host: its time is not counted'] = None
     return Walk(
         low=low.timeline(),
         high=high.timeline(),

@@ -10,6 +10,8 @@ FREE = frozenset(
         'add-dependency',
     ]
 )  # fmt: skip
+_UPDATE = 'dynamic-update-slice-start'
+_HOST = 5  # what the compiler calls the host's memory
 _CUTS = ('dynamic-slice', 'slice', 'gather')
 
 
@@ -44,6 +46,8 @@ def moved_beside(computation: Computation, instruction: Instruction) -> int:
         return _bytes(tuple(sources)) + _bytes(arrays[:1])
     # ((sources), target, flags)
     target = arrays[len(sources) : len(sources) + 1]
+    if instruction.opcode == _UPDATE:
+        return _bytes(tuple(sources[1:2])) + (target[0].space == 0) * sources[1].bytes
     if 'slice' in instruction.opcode:
         from_hbm = _bytes(tuple(sources)) > 0
         return from_hbm * sum(array.bytes for array in target) + _bytes(target)
@@ -55,8 +59,13 @@ def host_bytes(computation: Computation, instruction: Instruction) -> int:
     if not instruction.opcode.endswith('-start') and instruction.opcode != 'copy':
         return 0
     sources = [array for found in computation.operands(instruction) for array in found.arrays]
-    if not any(array.space == 5 for array in (*sources, *instruction.arrays)):
+    if not any(array.space == _HOST for array in (*sources, *instruction.arrays)):
         return 0
+    # Of what a slice is cut from, or written into, only that travels.
+    if instruction.opcode == _UPDATE:
+        return sources[1].bytes
+    if 'slice' in instruction.opcode:
+        return instruction.arrays[len(sources)].bytes
     return sum(array.bytes for array in sources)
 
 

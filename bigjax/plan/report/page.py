@@ -6,6 +6,7 @@ from pathlib import Path
 import jinja2
 
 from bigjax.plan.report import charts, view
+from bigjax.plan.report.sections import sections
 from bigjax.plan.report.view import Plan
 
 _HERE = Path(__file__).parent
@@ -34,7 +35,7 @@ def write_page(plan: Plan, path: str | os.PathLike) -> Path:
         fits=fits,
         sentence=sentence,
         cards=_cards(plan),
-        sections=view.sections(plan),
+        sections=sections(plan),
         charts=charts.charts(plan),
         size=charts,
     )
@@ -45,7 +46,7 @@ def write_page(plan: Plan, path: str | os.PathLike) -> Path:
 
 def _cards(plan: Plan) -> list[tuple[str, str]]:
     """What is read first: (label, text) of the plan's main figures."""
-    facts = {label: text for section in view.sections(plan) for label, text in section.facts}
+    facts = {label: text for section in sections(plan) for label, text in section.facts}
     ways = [way for way in plan.get('ways_out') or () if way['fits']]
     facts |= {'nearest way out': ways[0]['flags']} if ways else {}
     wanted = (

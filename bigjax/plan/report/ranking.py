@@ -41,7 +41,10 @@ def search(plan: Plan) -> Section | None:
         for candidate in found
     )  # fmt: skip
     head = ('tried', 'fits', 'peak', 'predicted step', 'tokens/s', 'MFU', 'why it stands here')
-    notes = ('By predicted tokens per second; what does not fit stands last.',)
+    notes = (
+        'By predicted tokens per second; what does not fit stands last. More and less is of as '
+        'many examples as the best one takes in a step.',
+    )
     return Section('search', 'Search', (), head, rows, notes)
 
 

@@ -3,7 +3,8 @@
 import textwrap
 
 from bigjax.plan.report.forms import between, seconds
-from bigjax.plan.report.view import Plan, Section, sections, step_range, verdict
+from bigjax.plan.report.sections import sections
+from bigjax.plan.report.view import Plan, Section, step_range, verdict
 
 _WIDTH = 100
 _LABEL = 18  # as wide as in the summary before a run

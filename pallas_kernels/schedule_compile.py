@@ -150,20 +150,18 @@ def read(folder: pathlib.Path, *, bare: bool = False) -> Compiled:
     )  # fmt: skip
 
 
-def run(command: list[str], folder: pathlib.Path, only: str = '') -> None:
+def run(command: list[str], folder: pathlib.Path, *, dumps: bool = True) -> None:
     """Runs a command that compiles, as a child that reads its environment at its start.
 
     Args:
       command: ends with `into`.
       folder: where the compiler's dumps go; if the child fails, facts.json says why.
-      only: a regular expression of the instructions that are dumped; '' is all.
+      dumps: whether the compiler writes its bundles.
 
     Raises:
       CompileError: if the child did not end by itself.
     """
-    flags = _FLAGS.format(folder=folder) + (
-        f' --xla_jf_dump_only_matching_hlo={only}' if only else ''
-    )
+    flags = _FLAGS.format(folder=folder) if dumps else ''
     environment = {**os.environ, **_ENVIRONMENT, 'LIBTPU_INIT_ARGS': flags}
     root = str(pathlib.Path(__file__).resolve().parents[1])
     environment['PYTHONPATH'] = os.pathsep.join(

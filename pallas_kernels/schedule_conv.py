@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from pallas_kernels.chip import Chip
 from pallas_kernels.conv.arguments import Operands, Spec, span
 from pallas_kernels.conv.checks import check_padding
+from pallas_kernels.conv.gated_arguments import GatedOperands
 from pallas_kernels.schedule_work import OURS, Work
 
 RIVALS = ('xla',)
@@ -207,6 +208,12 @@ def operands(case: Case) -> tuple[Operands, Spec]:
     arrays = [jax.ShapeDtypeStruct(shapes[n], dtype) if n in shapes else None for n in names]
     ids = jax.ShapeDtypeStruct((case.batch, case.cols), jnp.int32) if case.segments else None
     return Operands(*arrays, ids), case.spec
+
+
+def gated_operands(case: Case) -> GatedOperands:
+    """Shapes of a gated unit, as its kernel's files take them."""
+    names, dtype = ('x', 'w', 'w_residual', 'w_skip'), jnp.dtype(case.dtype)
+    return GatedOperands(*[jax.ShapeDtypeStruct(case.shapes[n], dtype) for n in names])
 
 
 def chosen(case: Case, chip: Chip) -> dict[str, Any]:

@@ -4,8 +4,8 @@ import dataclasses
 from typing import Any
 
 from pallas_kernels.chip import named
-from pallas_kernels.conv.wins import wins
-from pallas_kernels.schedule_conv import LAYOUTS, Case, operands, work
+from pallas_kernels.conv.wins import gated_wins, wins
+from pallas_kernels.schedule_conv import LAYOUTS, Case, gated_operands, operands, work
 
 # Description, goal of the forward pass in rooflines (None: no worse than XLA), case.
 _ROWS: tuple[tuple[str, float | None, Case], ...] = (
@@ -75,7 +75,7 @@ def row(
     cells = [
         chip, name, 'fwd + bwd' if case.passes == 'all' else 'fwd', f'{1e6 * roofline:.1f}',
         _here(free, roofline), '–' if goal is None else f'{goal:.2f}', _xla(free, roofline), ratio,
-        _here(default, roofline), _xla(default, roofline), _taken(case, chip),
+        _here(default, roofline), _xla(default, roofline), taken(case, chip),
     ]  # fmt: skip
     return '| ' + ' | '.join(cells) + ' |'
 
@@ -99,7 +99,10 @@ def _xla(found: dict[str, Any], roofline: float) -> str:
     return ' / '.join(f'{1e6 * seconds:.0f} ({seconds / roofline:.1f})' for seconds in pair)
 
 
-def _taken(case: Case, chip: str) -> str:
+def taken(case: Case, chip: str) -> str:
+    """What None takes: 'tpu' or 'xla'."""
     if case.op == 'gated_conv1d':
-        return 'tpu'
-    return 'tpu' if wins(*operands(case), named(chip)) else 'xla'
+        won = gated_wins(gated_operands(case), named(chip))
+    else:
+        won = wins(*operands(case), named(chip))
+    return 'tpu' if won else 'xla'

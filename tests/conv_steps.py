@@ -10,6 +10,7 @@ that only change a layout.
 
 import argparse
 import collections
+import re
 import sys
 import tempfile
 from pathlib import Path
@@ -34,8 +35,8 @@ STEPS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }  # fmt: skip
 IMPLS = ('xla', 'auto', 'tpu')
-# Names of the kernels, whose bundles are read; those of all else would fill gigabytes.
-KERNELS = '(conv_|stem|depthwise|grouped|causal|sequence|gated)[^/]*'
+# Dumps of the kernels: their bundles are read, those of all else are told by the compiler.
+KERNELS = re.compile(r'\d+-(conv_|stem|depthwise|grouped|causal|sequence|gated)')
 
 
 class Row(NamedTuple):
@@ -82,7 +83,10 @@ def row(name: str, impl: str, chip: Chip) -> Row:
     """
     with tempfile.TemporaryDirectory(prefix='steps_') as folder:
         command = [sys.executable, __file__, '--child', name, impl, chip.name]
-        schedule_compile.run(command, Path(folder), only=KERNELS)
+        schedule_compile.run(command, Path(folder), dumps=impl != 'xla')
+        for file in Path(folder).iterdir():
+            if file.name[0].isdigit() and not KERNELS.match(file.name):
+                file.unlink()
         return summed(schedule_compile.read(Path(folder), bare=True), chip)
 
 

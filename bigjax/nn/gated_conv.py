@@ -10,8 +10,11 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from bigjax.nn.implementation import Implementation, named
+from bigjax.nn.implementation import Implementation, named, plain
+from bigjax.sharding import BATCH_AXES, LOGICAL_TO_MESH
 from pallas_kernels import conv as kernels
+
+_on_the_mesh = kernels.shard(batch=BATCH_AXES, channels=LOGICAL_TO_MESH['channels'])
 
 
 class GatedConv1d(nn.Module):
@@ -28,7 +31,7 @@ class GatedConv1d(nn.Module):
       dilation: distance between the positions that taps read.
       dtype: type of the computation and of both outputs.
       impl: an implementation of `pallas_kernels.conv.gated_conv1d`; 'auto' takes the kernel of the
-        chip that is there, if there is one, else 'xla', as it is on more than one device.
+        chip that is there, where it is predicted to be faster than XLA, else 'xla'.
     """
 
     gates: int
@@ -60,10 +63,8 @@ class GatedConv1d(nn.Module):
         kernel, bias_F = self._weights('gate', (self.kernel_size, C, 2 * G))
         residual, bias_C = self._weights('residual', (G, C))
         skip, bias_S = self._weights('skip', (G, self.skip))
-        # XLA partitions array code among the devices of a mesh; a kernel is not partitioned.
-        several = jax.sharding.get_abstract_mesh().size > 1
-        impl = 'xla' if self.impl == 'auto' and several else self.impl
-        return named(kernels.gated_conv1d, impl, 'conv')(
+        call = kernels.gated_conv1d if plain(self.impl) else _on_the_mesh.gated_conv1d
+        return named(call, self.impl, 'conv')(
             *(x.astype(dtype) for x in (x_BTC, kernel, residual, skip)),
             dilation=self.dilation,
             bias_F=bias_F,

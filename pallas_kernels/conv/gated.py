@@ -6,6 +6,7 @@ R = (K - 1) * dilation positions before the first.
 
 import functools
 from types import ModuleType
+from typing import Any
 
 import jax
 
@@ -14,7 +15,10 @@ from pallas_kernels.conv.arguments import Operands
 from pallas_kernels.conv.choice import Implementation
 from pallas_kernels.conv.gated_arguments import GatedOperands, check_gated, reach
 from pallas_kernels.conv.gated_plain import reference, xla
+from pallas_kernels.conv.gated_sharded import sharded
+from pallas_kernels.conv.partition import Axes
 from pallas_kernels.conv.state import next_state
+from pallas_kernels.conv.wins import gated_wins
 
 Outputs = tuple[jax.Array, jax.Array]
 
@@ -58,8 +62,8 @@ def gated_conv1d(
       return_state: whether to return the state after x too, of which inputs of other segments than
         the last one's are zeros.
       impl: 'reference' (the specification), 'xla' (for a CPU) or 'tpu' (Mosaic: the whole unit in
-        one kernel; interpreted where there is no TPU). None takes the kernel on a TPU if it runs
-        these arguments, else 'xla'.
+        one kernel; interpreted where there is no TPU). None takes the kernel of the TPU at hand
+        where it is predicted to be faster than XLA and runs these arguments, else 'xla'.
 
     Returns:
       The residual output [B, T, C] and the skip output [B, T, S] in x's type; with `return_state`
@@ -74,14 +78,24 @@ def gated_conv1d(
         w_residual_GC,
         w_skip_GS,
         dilation=dilation,
-        bias=bias_F,
-        bias_residual=bias_residual_C,
-        bias_skip=bias_skip_S,
+        bias_F=bias_F,
+        bias_residual_C=bias_residual_C,
+        bias_skip_S=bias_skip_S,
         segment_ids=segment_ids,
         state=state,
     )
-    unit = _chosen(impl, operands, dilation)
-    y_BTC, skip_BTS = unit(operands, dilation)
+    return unit(operands, dilation, impl, return_state)
+
+
+def unit(
+    operands: GatedOperands,
+    dilation: int,
+    impl: Implementation | None,
+    return_state: bool,
+    axes: Axes | None = None,
+) -> Outputs | tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns what `gated_conv1d` does, its kernels cut over the `axes` of the mesh that is set."""
+    y_BTC, skip_BTS = _chosen(impl, operands, dilation, axes)(operands, dilation)
     if not return_state:
         return y_BTC, skip_BTS
     sequence = Operands(
@@ -90,26 +104,32 @@ def gated_conv1d(
     return y_BTC, skip_BTS, next_state(sequence, operands.state_BRC, reach(operands, dilation))
 
 
-def _chosen(impl: Implementation | None, operands: GatedOperands, dilation: int):
+def _chosen(impl: Implementation | None, operands: GatedOperands, dilation: int, axes: Axes | None):
     """The function that runs these operands."""
     plain = {'reference': reference, 'xla': xla}
     if impl in plain:
         return plain[impl]
-    if impl is None:
-        chip = current_chip()
-        takes = chip is not None and chip.is_tpu and not _kernels().refuses(operands, dilation)
-        return _kernel if takes else xla
-    if impl == 'gpu':
-        reason = 'has no kernel of the gated unit'
-    elif impl == 'tpu':
-        reason = _kernels().refuses(operands, dilation)
-    else:
+    if impl not in (None, 'tpu', 'gpu'):
         raise ValueError(
             f"impl={impl!r}: must be 'reference', 'xla', 'tpu', 'gpu' or None; try impl='xla'"
         )
-    if reason:
+    if impl == 'gpu':
+        raise ValueError("impl='gpu': has no kernel of the gated unit; try impl='xla'")
+    if impl is None:
+        chip = current_chip()
+        if chip is None or not gated_wins(operands, chip):
+            return xla
+    parts = axes and sharded(axes, operands, _kernels())
+    passes = parts or _kernels()
+    if reason := passes.refuses(operands, dilation):
+        if impl is None:
+            return xla
         raise ValueError(f"impl='{impl}': {reason}; try impl='xla'")
-    return _kernel
+
+    def run(operands: GatedOperands, dilation: int) -> Outputs:
+        return _kernel(passes, parts.placed(operands) if parts else operands, dilation)
+
+    return run
 
 
 def _kernels() -> ModuleType:
@@ -119,45 +139,45 @@ def _kernels() -> ModuleType:
     return gated
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _kernel(operands: GatedOperands, dilation: int) -> Outputs:
-    """The kernel, differentiable any number of times."""
-    return _forward(dilation, operands)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 2))
+def _kernel(passes: Any, operands: GatedOperands, dilation: int) -> Outputs:
+    """The kernels, whose two passes these are, differentiable any number of times."""
+    return _forward(passes, dilation, operands)
 
 
-def _kernel_fwd(operands, dilation):
-    return _forward(dilation, operands), operands
+def _kernel_fwd(passes, operands, dilation):
+    return _forward(passes, dilation, operands), operands
 
 
-def _kernel_bwd(dilation, operands, cotangents):
-    return (_backward(dilation, operands, *cotangents),)
+def _kernel_bwd(passes, dilation, operands, cotangents):
+    return (_backward(passes, dilation, operands, *cotangents),)
 
 
 _kernel.defvjp(_kernel_fwd, _kernel_bwd)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _forward(dilation, operands):
-    return _kernels().forward(operands, dilation)
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _forward(passes, dilation, operands):
+    return passes.forward(operands, dilation)
 
 
 @_forward.defjvp
-def _forward_jvp(dilation, primals, tangents):
+def _forward_jvp(passes, dilation, primals, tangents):
     pure = lambda operands: reference(operands, dilation)  # noqa: E731
-    return _forward(dilation, *primals), jax.jvp(pure, primals, tangents)[1]
+    return _forward(passes, dilation, *primals), jax.jvp(pure, primals, tangents)[1]
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _backward(dilation, operands, dy_BTC, dskip_BTS):
-    return _kernels().backward(operands, dilation, dy_BTC, dskip_BTS)
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _backward(passes, dilation, operands, dy_BTC, dskip_BTS):
+    return passes.backward(operands, dilation, dy_BTC, dskip_BTS)
 
 
 @_backward.defjvp
-def _backward_jvp(dilation, primals, tangents):
+def _backward_jvp(passes, dilation, primals, tangents):
     def pure(operands, *cotangents):
         ids_BT = operands.segment_ids_BT
         floats = operands._replace(segment_ids_BT=None)
         _, vjp = jax.vjp(lambda x: reference(x._replace(segment_ids_BT=ids_BT), dilation), floats)
         return vjp(cotangents)[0]
 
-    return _backward(dilation, *primals), jax.jvp(pure, primals, tangents)[1]
+    return _backward(passes, dilation, *primals), jax.jvp(pure, primals, tangents)[1]

@@ -111,11 +111,11 @@ def partition(axes: Axes, operands: Operands, spec: Spec) -> Partition | None:
     batch, channels = free(axes.batch), free(axes.channels)
     # A model is often initialised with a row or two.
     batch = () if size(batch) > operands.x_BHWC.shape[0] else batch
-    _divides('batch', batch, 'images', operands.x_BHWC.shape[0], size(batch))
-    _divides('channels', channels, 'output channels', operands.w_KLDO.shape[3], size(channels))
+    divides('batch', batch, 'images', operands.x_BHWC.shape[0], size(batch))
+    divides('channels', channels, 'output channels', operands.w_KLDO.shape[3], size(channels))
     groups = spec.groups
     if groups > 1:
-        _divides('channels', channels, 'groups', groups, size(channels))
+        divides('channels', channels, 'groups', groups, size(channels))
         groups //= size(channels)
     segments = operands.segment_ids_BT is not None
     before, after, padding = [0, 0], [0, 0], [*spec.padding]
@@ -152,10 +152,11 @@ def _check_kept(field, axes, letter, operands, spec, n, parts) -> None:
             f'{field}={axes[0]!r}: splits outputs as it splits inputs, so {letter} / stride of '
             f"them must remain, and of {size} / {stride} there are {out}; try padding='SAME'"
         )
-    _divides(field, axes, f'{letter} / stride', out, parts)
+    divides(field, axes, f'{letter} / stride', out, parts)
 
 
-def _divides(field: str, axes: Names, what: str, count: int, parts: int) -> None:
+def divides(field: str, axes: Names, what: str, count: int, parts: int) -> None:
+    """Raises ValueError unless `parts`, the devices along `axes`, divide the count of `what`."""
     if count % parts:
         good = max(1, round(count / parts)) * parts
         shown = repr(axes[0]) if len(axes) == 1 else repr(axes)

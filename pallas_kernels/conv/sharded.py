@@ -18,20 +18,22 @@ import jax.numpy as jnp
 
 from pallas_kernels import mesh
 from pallas_kernels.arrays import accumulator, wrong
-from pallas_kernels.conv import halo
+from pallas_kernels.conv import gated, halo
 from pallas_kernels.conv.arguments import ConvBlockSizes, Operands, Spec
 from pallas_kernels.conv.checks import check_conv1d, check_conv2d
 from pallas_kernels.conv.choice import Implementation, chosen
 from pallas_kernels.conv.differentiable import convolve
+from pallas_kernels.conv.gated_arguments import check_gated
 from pallas_kernels.conv.partition import Axes, Partition, partition
 from pallas_kernels.conv.state import carried
 
 
 class Convolutions(NamedTuple):
-    """`conv2d` and `conv1d` for arrays that are split over a mesh."""
+    """The functions of `pallas_kernels.conv` for arrays that are split over a mesh."""
 
     conv2d: Callable[..., jax.Array]
     conv1d: Callable[..., jax.Array | tuple[jax.Array, jax.Array]]
+    gated_conv1d: Callable[..., tuple[jax.Array, ...]]
 
 
 def shard(
@@ -41,7 +43,7 @@ def shard(
     cols: str | None = None,
     channels: str | mesh.Names = (),
 ) -> Convolutions:
-    """Returns `conv2d` and `conv1d` for arrays that are split over a mesh.
+    """Returns `conv2d`, `conv1d` and `gated_conv1d` for arrays that are split over a mesh.
 
     They take and return the same (global) arrays, and have derivatives of any order. The mesh is
     the one that is set when they are called; where none is, or all its axes are 1, they are those
@@ -51,7 +53,8 @@ def shard(
       batch: mesh axes that split the batch; one of fewer rows than that is computed by all.
       rows: mesh axis that splits the rows of images, with an exchange of those at the parts' edges.
       cols: mesh axis that splits their columns, or a sequence's positions, likewise.
-      channels: mesh axes that split the output channels; with groups, the groups.
+      channels: mesh axes that split the output channels; with groups, the groups; the gates of the
+        gated unit, which takes no split of positions.
 
     Raises:
       ValueError: an axis is not in the mesh or named twice, or a dimension does not divide.
@@ -95,7 +98,22 @@ def shard(
         call = lambda operands, spec: run(impl, operands, spec, block_sizes)  # noqa: E731
         return carried(call, operands, spec, state, return_state)
 
-    return Convolutions(conv2d, conv1d)
+    def gated_conv1d(
+        x_BTC: jax.Array,
+        w_KCF: jax.Array,
+        w_residual_GC: jax.Array,
+        w_skip_GS: jax.Array,
+        *,
+        dilation: int = 1,
+        return_state: bool = False,
+        impl: Implementation | None = None,
+        **features,
+    ) -> tuple[jax.Array, ...]:
+        weights = w_KCF, w_residual_GC, w_skip_GS
+        operands = check_gated(x_BTC, *weights, dilation=dilation, **features)
+        return gated.unit(operands, dilation, impl, return_state, axes)
+
+    return Convolutions(conv2d, conv1d, gated_conv1d)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,12 +11,14 @@ import jax.numpy as jnp
 
 from pallas_kernels.chip import Chip
 from pallas_kernels.conv.arguments import Operands, Spec
+from pallas_kernels.conv.gated_arguments import GatedOperands
 
 # Kind of kernel -> chip -> ours / XLA's. What is not here was not compiled, or does not win.
 # Causal: default layouts, as between projections. Grouped, stem: forward and backward here to XLA's
 # forward and the roofline of its gradients, which it cannot beat.
 RATIOS: dict[str, dict[str, float]] = {
     'causal': {'v6e': 0.46},
+    'gated': {'v6e': 0.41},
     'grouped': {'v6e': 0.71},
     'stem': {'v6e': 0.79},
 }
@@ -24,6 +26,14 @@ MOST_GROUP_CHANNELS = 8  # with more, XLA spends less on the channels of other g
 FEWEST_OUTPUTS = 1 << 20  # below, a call takes about as long as its launch
 MOST_PADDING = 1.25  # batches are padded to whole tiles
 TILE = 16  # images in a tile
+
+
+def gated_wins(operands: GatedOperands, chip: Chip) -> bool:
+    """Whether `impl=None` takes the kernel of the gated unit on `chip`; only TPUs have one."""
+    B, T, C = operands.x_BTC.shape
+    outputs = B * T * (C + operands.w_skip_GS.shape[1])
+    wide = operands.x_BTC.dtype == jnp.bfloat16 and outputs >= FEWEST_OUTPUTS
+    return wide and RATIOS['gated'].get(chip.name, 1.0) < 1
 
 
 def wins(operands: Operands, spec: Spec, chip: Chip) -> bool:

@@ -11,7 +11,7 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import chip as chips
-from pallas_kernels.conv import gated_conv1d
+from pallas_kernels.conv import gated_conv1d, wins
 from pallas_kernels.conv.gated_arguments import GatedOperands
 from pallas_kernels.conv.gated_plain import reference
 from pallas_kernels.conv.tpu import gated as kernels
@@ -238,14 +238,26 @@ def test_going_on_from_a_state_gives_the_same_bits(pieces):
     np.testing.assert_array_equal(state, last)
 
 
-def test_the_kernel_is_taken_on_a_tpu_only():
-    operands, _ = drawn((1, 20, 8, 8, 8, 2, 4))
-    assert 'gated_conv1d_forward' not in str(jax.make_jaxpr(lambda o: call(o, 4))(operands))
-    device = jax.sharding.AbstractDevice(chips.named('v6e').kind, 1, 'tpu')
-    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device)):
-        assert 'gated_conv1d_forward' in str(jax.make_jaxpr(lambda o: call(o, 4))(operands))
-        half = jax.tree.map(lambda x: x.astype(jnp.float16), operands)
-        assert 'gated_conv1d_forward' not in str(jax.make_jaxpr(lambda o: call(o, 4))(half))
+def test_the_kernel_is_taken_on_a_tpu_where_it_is_predicted_to_win_and_nowhere_else(monkeypatch):
+    monkeypatch.setattr(wins, 'RATIOS', {'gated': {'v6e': 0.9, 'v5e': 1.0}})
+
+    def taken(chip, dtype=jnp.bfloat16, length=1 << 16):
+        operands = jax.eval_shape(lambda: drawn((1, 20, 8, 8, 8, 2, 4), dtype=dtype)[0])
+        operands = operands._replace(x_BTC=jax.ShapeDtypeStruct((1, length, 8), dtype))
+        device = chip and jax.sharding.AbstractDevice(chips.named(chip).kind, 1, 'tpu')
+        mesh = jax.sharding.AbstractMesh((), (), abstract_device=device)
+        with jax.sharding.use_abstract_mesh(mesh):
+            return 'gated_conv1d_forward' in str(jax.make_jaxpr(lambda o: call(o, 4))(operands))
+
+    assert taken('v6e')
+    # No TPU, no faster, not known, not bfloat16, too small to tell, more than its memory.
+    assert not taken(None)
+    assert not taken('v5e')
+    assert not taken('v5p')
+    assert not taken('v6e', dtype=jnp.float32)
+    assert not taken('v6e', length=1 << 15)
+    monkeypatch.setattr(kernels, 'refuses', lambda *_: 'is too large')
+    assert not taken('v6e')
 
 
 def test_what_does_not_fit_into_memory_is_refused():

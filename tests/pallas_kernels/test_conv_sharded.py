@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from pallas_kernels.conv import conv1d, conv2d, shard
+from pallas_kernels.conv import conv1d, conv2d, gated_conv1d, shard
 
 AXES = {'batch': 'data', 'rows': 'rows', 'cols': 'cols', 'channels': 'tensor'}
 
@@ -85,6 +85,46 @@ def test_kernels_interpreted_with_residual_and_scale():
     with jax.set_mesh(mesh(data=2, rows=2)):
         got = value_and_gradients(call(shard(**AXES).conv2d, 'tpu'), x, w, more)
     assert_same(got, want)
+
+
+GATED = {
+    'gates': ({'tensor': 4}, AxisType.Auto),
+    'batch and gates': ({'data': 2, 'tensor': 2}, AxisType.Explicit),
+}
+
+
+@pytest.mark.parametrize('name', GATED)
+def test_the_gated_units_parts_make_what_the_whole_does(name):
+    sizes, types = GATED[name]
+    arrays = {
+        'x_BTC': draw(2, 20, 8), 'w_KCF': draw(2, 8, 16), 'w_residual_GC': draw(8, 8),
+        'w_skip_GS': draw(8, 4), 'bias_F': draw(16), 'bias_residual_C': draw(8),
+        'bias_skip_S': draw(4), 'state': draw(2, 3, 8),
+    }  # fmt: skip
+    ids = jnp.asarray(np.arange(20)[None] // np.array([[7], [11]]), jnp.int32)
+    weights = draw(2, 20, 8), draw(2, 20, 4)
+
+    def run(function, impl):
+        def outputs(arrays):
+            features = {'dilation': 3, 'segment_ids': ids, 'return_state': True, 'impl': impl}
+            *made, state = function(**arrays, **features)
+            return sum((x * w).sum() for x, w in zip(made, weights, strict=True)), (made, state)
+
+        return jax.jit(jax.value_and_grad(outputs, has_aux=True))(arrays)
+
+    want = run(gated_conv1d, 'reference')
+    with jax.set_mesh(mesh(types, **sizes)):
+        got = run(shard(batch='data', channels='tensor').gated_conv1d, 'tpu')
+    assert_same(*map(jax.tree.leaves, (got, want)))
+
+
+def test_a_gated_unit_that_does_not_fit_the_mesh():
+    arrays = draw(2, 20, 8), draw(2, 8, 12), draw(6, 8), draw(6, 4)
+    with jax.set_mesh(mesh(tensor=4, cols=2)):
+        with pytest.raises(ValueError, match=r"^channels='tensor': the 6 gate channels .* try 8$"):
+            shard(channels='tensor').gated_conv1d(*arrays, impl='tpu')
+        with pytest.raises(ValueError, match=r"^cols='cols': the gated unit splits .* cols=None$"):
+            shard(cols='cols').gated_conv1d(*arrays, impl='tpu')
 
 
 def test_explicit_axes():

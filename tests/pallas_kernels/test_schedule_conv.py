@@ -280,8 +280,7 @@ def test_the_table_takes_what_its_figures_say():
         assert taken == 'xla' or max(found) < 1, (chip, name)
     cases = {name: case for name, _, case in schedule_table_conv.rows()}
     for chip, name, taken in ratios:
-        if cases[name].op != 'gated_conv1d':
-            assert taken == ('tpu' if _taken(cases[name], chip) else 'xla'), (chip, name)
+        assert taken == schedule_table_conv.taken(cases[name], chip), (chip, name)
 
 
 @pytest.mark.slow

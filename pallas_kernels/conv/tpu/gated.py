@@ -36,17 +36,18 @@ def refuses(operands: GatedOperands, dilation: int) -> str | None:
 
 
 def forward(
-    operands: GatedOperands, dilation: int, *, interpret: Any = None
+    operands: GatedOperands, dilation: int, *, partial: bool = False, interpret: Any = None
 ) -> tuple[jax.Array, jax.Array]:
     """Returns the residual output [B, T, C] and the skip output [B, T, S] in x's type.
 
     Args:
       operands: bfloat16 or float32.
       dilation: distance between the positions that taps read.
+      partial: whether to leave out x, which the residual output adds to.
       interpret: passed to `pallas_call`; None interprets unless the current chip is a TPU.
     """
     chip, compiled = target()
-    unit = plan(operands, dilation, chip)
+    unit = plan(operands, dilation, chip, partial=partial)
     B, rows = operands.x_BTC.shape[0], unit.window.rows
     inputs = {'x': (operands.x_BTC, pl.BlockSpec((1, rows, unit.C), lambda b, i: (b, i, 0)))}
     inputs |= {name: (array, whole(array)) for name, array in weights(operands, unit).items()}
@@ -85,6 +86,7 @@ def backward(
     dy_BTC: jax.Array,
     dskip_BTS: jax.Array,
     *,
+    partial: bool = False,
     interpret: Any = None,
 ) -> GatedOperands:
     """Returns the gradients of all arrays but the segment ids, each in its own type.
@@ -94,10 +96,11 @@ def backward(
       dilation: likewise.
       dy_BTC: cotangent of the residual output, in x's type.
       dskip_BTS: cotangent of the skip output, in x's type.
+      partial: whether to leave out of dx what comes from `dy_BTC` directly.
       interpret: as in `forward`.
     """
     chip, compiled = target()
-    unit = plan(operands, dilation, chip)
+    unit = plan(operands, dilation, chip, partial=partial)
     B, window, last = operands.x_BTC.shape[0], unit.window, unit.blocks - 1
     # Each core of a chip sums over its own part of the batch.
     parts = chip.cores if B % chip.cores == 0 else 1

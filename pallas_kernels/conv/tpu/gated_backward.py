@@ -102,7 +102,7 @@ def _chunk(plan: Plan, refs: types.SimpleNamespace, block: Any, start: Any, size
     refs.da[rows] = da_NF.astype(plan.dtype)
     refs.z[rows] = z_NG.astype(plan.dtype)
     *parts, here_NC = _convolution(plan, refs, refs.da[rows])
-    dx_NC = dy_NC.astype(jnp.float32) + here_NC
+    dx_NC = here_NC if plan.partial else dy_NC.astype(jnp.float32) + here_NC
     for k, (part_NC, offset) in enumerate(zip(parts, plan.offsets, strict=False)):
         if plan.masked:
             part_NC = own_segment(part_NC, refs.same[0, k : k + 1, rows])

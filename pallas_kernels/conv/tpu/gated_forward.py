@@ -42,7 +42,9 @@ def kernel(plan: Plan, names: list[str], *all_refs: Any) -> None:
             residual_NC += refs.bias_residual[...]
         if plan.biases[2]:
             skip_NS += refs.bias_skip[...]
-        refs.y[0, rows] = (x_NC.astype(jnp.float32) + residual_NC).astype(plan.dtype)
+        if not plan.partial:
+            residual_NC += x_NC.astype(jnp.float32)
+        refs.y[0, rows] = residual_NC.astype(plan.dtype)
         refs.skip[0, rows] = skip_NS.astype(plan.dtype)
 
     for_chunks(window.rows, chunk, weights=plan.weights)

@@ -28,6 +28,7 @@ class Plan:
       masked: whether a mask tells which taps count.
       state: whether inputs before the first are given.
       biases: which of the gate's, the residual's and the skip's bias there are.
+      partial: whether outputs and dx are those of some of the gates, to which others add x and dy.
     """
 
     offsets: tuple[int, ...]
@@ -40,6 +41,7 @@ class Plan:
     masked: bool
     state: bool
     biases: tuple[bool, bool, bool]
+    partial: bool = False
 
     @property
     def parts(self) -> Window:
@@ -67,7 +69,7 @@ class Plan:
         return self.C % LANES > 0
 
 
-def plan(operands: GatedOperands, dilation: int, chip: Chip) -> Plan:
+def plan(operands: GatedOperands, dilation: int, chip: Chip, *, partial: bool = False) -> Plan:
     """Returns the plan of a call on `chip`, both passes': as long blocks as its memory holds."""
     (_, T, C), (K, _, F) = operands.x_BTC.shape, operands.w_KCF.shape
     dtype, R = operands.x_BTC.dtype, reach(operands, dilation)
@@ -85,6 +87,7 @@ def plan(operands: GatedOperands, dilation: int, chip: Chip) -> Plan:
             masked=operands.segment_ids_BT is not None and K > 1,
             state=operands.state_BRC is not None and K > 1,
             biases=tuple(b is not None for b in operands[4:7]),
+            partial=partial,
         )
         if vmem_bytes(found) <= chip.vmem_limit or most <= FINE:
             return found

@@ -134,8 +134,8 @@ def setup(experiment: Experiment, devices: Sequence[Any] | None = None) -> Setup
         deterministic.check(run, mesh)
     sharding.batch_part(mesh)  # Raises where processes would share some rows.
     with jax.set_mesh(mesh):  # Models say what does not fit it.
-        if not experiment.task.splits_positions:
-            context.refuse()
+        if context.context_size() > 1 and not experiment.task.splits_positions:
+            raise context.refusal()
         abstract = jax.eval_shape(make_init(experiment.task, experiment.optimizer, run.seed))
     placed = sharding.state_shardings(abstract, experiment.rules, mesh)
     if run.offload == 'optimizer':

@@ -10,8 +10,6 @@ import statistics
 import sys
 import time
 
-os.environ.setdefault('JAX_PLATFORMS', 'cpu')
-
 import jax
 import same_model
 

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from bigjax.nn.context import CONTEXT, context_size, refuse
+from bigjax.nn.context import CONTEXT, context_size, refusal
 from bigjax.nn.implementation import Implementation, named, plain
 from bigjax.run import UsageError
 from bigjax.sharding import BATCH_AXES, LOGICAL_TO_MESH
@@ -57,7 +57,7 @@ def attention(
     """
     if context_size() > 1:
         if context is None:
-            refuse()
+            raise refusal()
         call = _on_the_mesh(context=CONTEXT, layout='zigzag', exchange=context)
     else:
         call = kernels.attention if plain(impl) else _on_the_mesh()

@@ -21,14 +21,13 @@ def context_size() -> int:
     return jax.sharding.get_abstract_mesh().shape.get(CONTEXT, 1)
 
 
-def refuse() -> None:
-    """Raises UsageError where the mesh that is set splits positions, for what needs them all."""
-    if context_size() > 1:
-        sizes = jax.sharding.get_abstract_mesh().shape
-        raise UsageError(
-            f'--mesh={mesh_text(sizes)}: only decoder-only transformers split positions over '
-            f'{CONTEXT}; try --mesh={mesh_text({**sizes, CONTEXT: 1, "data": -1})}'
-        )
+def refusal() -> UsageError:
+    """Returns the error of a model that needs all positions, on a mesh that splits them."""
+    sizes = jax.sharding.get_abstract_mesh().shape
+    return UsageError(
+        f'--mesh={mesh_text(sizes)}: only decoder-only transformers split positions over '
+        f'{CONTEXT}; try --mesh={mesh_text({**sizes, CONTEXT: 1, "data": -1})}'
+    )
 
 
 def sequence_order(length: int) -> np.ndarray | None:

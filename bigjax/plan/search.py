@@ -38,15 +38,24 @@ def search(
     for change in tqdm(changes, desc='arithmetic', unit='way', leave=False):
         if guess := closed(name, found, change):
             guessed.append((change, guess))
-    rows = []
-    for change in tqdm(chosen(guessed, options.tries), desc='compiling', unit='way'):
+    rows, asked = [], _asked(changes, found)
+    tried = chosen(guessed, options.tries)
+    more = [change for change in asked if change not in tried]
+    for change in tqdm([*tried, *more], desc='compiling', unit='way'):
         try:
             way = assess(name, {**values, **change}, found.topology, options, kept)
         except UsageError:
             continue
-        rows.append(candidate(way, change))
+        rows.append({**candidate(way, change), 'asked': change in asked})
     rows.sort(key=lambda row: (not row['fits'], -(row['tokens_per_second'] or 0.0)))
     return rows
+
+
+def _asked(changes: list[Change], found: Assessment) -> list[Change]:
+    """The change that changes nothing, which is compiled already; none where it is no candidate."""
+    run = found.experiment.run
+    same = [c for c in changes if (c['mesh'], c['batch']) == (run.mesh, run.batch)]
+    return [c for c in same if c.get('remat') in (found.values.get('remat', 'none'), None)][:1]
 
 
 def chosen(guessed: list[tuple[Change, Assessment]], tries: int) -> list[Change]:

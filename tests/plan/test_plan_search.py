@@ -65,13 +65,16 @@ def searched(tmp_path_factory):
 
 def test_a_search_ranks_good_and_bad_ones(searched):
     rows, _, _ = searched
-    assert len(rows) == 8
+    [asked] = [row for row in rows if row['asked']]
+    assert asked['flags'] == '--mesh=fsdp=4 --batch=64 --remat=full'
+    assert 8 <= len(rows) <= 9  # it costs nothing more
     fitting = [row for row in rows if row['fits']]
-    assert [row['fits'] for row in rows] == [True] * len(fitting) + [False] * (8 - len(fitting))
+    ruled_out = len(rows) - len(fitting)
+    assert [row['fits'] for row in rows] == [True] * len(fitting) + [False] * ruled_out
     speeds = [row['tokens_per_second'] for row in fitting]
     assert speeds == sorted(speeds, reverse=True)
     assert len({row['mesh'] for row in rows}) >= 3
-    assert len({row['flags'] for row in rows}) == 8
+    assert len({row['flags'] for row in rows}) == len(rows)
 
 
 def test_every_way_is_looked_at(searched):

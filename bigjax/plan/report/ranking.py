@@ -57,7 +57,7 @@ def name(candidate: Mapping[str, Any]) -> str:
     remat, batch = candidate.get('remat'), candidate.get('batch')
     return ' '.join(
         filter(None, (mesh(candidate['mesh']), remat and f'remat={remat}',
-                      batch and f'batch={batch}'))
+                      batch and f'batch={batch}', '(asked for)' * candidate.get('asked', False)))
     )  # fmt: skip
 
 

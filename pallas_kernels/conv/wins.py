@@ -18,10 +18,12 @@ from pallas_kernels.conv.gated_arguments import GatedOperands
 # forward and the roofline of its gradients, which it cannot beat.
 RATIOS: dict[str, dict[str, float]] = {
     'causal': {'v6e': 0.46},
+    'depthwise': {'v6e': 0.40},  # of many taps; with 9 it is 1.04
     'gated': {'v6e': 0.41},
     'grouped': {'v6e': 0.71},
     'stem': {'v6e': 0.79},
 }
+FEWEST_TAPS = 49  # of a depthwise kernel: with few, both sides wait for the memory
 MOST_GROUP_CHANNELS = 8  # with more, XLA spends less on the channels of other groups
 FEWEST_OUTPUTS = 1 << 20  # below, a call takes about as long as its launch
 MOST_PADDING = 1.25  # batches are padded to whole tiles
@@ -54,6 +56,8 @@ def wins(operands: Operands, spec: Spec, chip: Chip) -> bool:
     K, L, D, features = operands.w_KLDO.shape
     outputs = B * math.prod(spec.out_size((H, W), (K, L))) * features
     if RATIOS.get(kind, {}).get(chip.name, 1.0) >= 1 or outputs < FEWEST_OUTPUTS:
+        return False
+    if kind == 'depthwise' and K * L < FEWEST_TAPS:
         return False
     if kind == 'grouped' and D > MOST_GROUP_CHANNELS:
         return False

@@ -245,11 +245,15 @@ def with_gradients(impl: str, function, arrays: dict[str, jax.Array], dy: jax.Ar
     return compiled(impl, run, arrays, dy)
 
 
+def jitted(impl: str, function):
+    """Returns `jax.jit(function)`, which compiles fast where XLA's code is not what is tested."""
+    options = {} if impl == 'xla' else {'xla_backend_optimization_level': 0}
+    return jax.jit(function, compiler_options=options)
+
+
 def compiled(impl: str, function, *args):
     """Returns a compiled function of nothing that calls the function with the arguments."""
-    # Most of the time goes into compiling; where XLA's code is not what is tested, it may be slow.
-    options = {} if impl == 'xla' else {'xla_backend_optimization_level': 0}
-    executable = jax.jit(function).lower(*args).compile(compiler_options=options)
+    executable = jitted(impl, function).lower(*args).compile()
     return lambda: executable(*args)
 
 

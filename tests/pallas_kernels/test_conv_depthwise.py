@@ -43,10 +43,11 @@ def operands_of(
 
 # Stride, padding, dilation and blocks of a convolution; kernel, size and channels of its arrays.
 CASES = {
+    # Of rows, columns and channels, whose second block needs bands of its own.
     'blocks': (
-        ((9, 20), (3, 3), (8, 8), 'bfloat16'),
-        Spec((1, 1), ((1, 1), (1, 1)), (1, 1), 8),
-        ConvBlockSizes(rows=4, cols=10),
+        ((6, 12), (3, 3), (130, 130), 'bfloat16'),
+        Spec((1, 1), ((1, 1), (1, 1)), (1, 1), 130),
+        ConvBlockSizes(rows=4, cols=6),
     ),
     'strided_multiplier': (
         ((5, 9), (2, 3), (4, 8), 'float32'),

@@ -19,6 +19,7 @@ from conv_cases import (
     convolve,
     cotangent,
     covering,
+    jitted,
     output_shape,
     pairs,
     possible,
@@ -101,13 +102,13 @@ class TestConvolution:
         dy = cotangent(case)
 
         def apart(arrays, others):
-            """Returns the sum of results, each as long as the whole, of both sequences alone."""
-            rows = []
-            for b, cut in enumerate((8, 16)):
-                one = {**arrays, 'x': arrays['x'][b : b + 1]}
-                parts = [{**one, 'x': x} for x in jnp.split(one['x'], [cut], axis=1)]
-                rows.append(jnp.concatenate([convolve(impl, p, others) for p in parts], 1))
-            return jnp.concatenate(rows)
+            """Returns what each segment makes alone; those of one length are a batch."""
+            x_BTC = arrays['x']
+            short = jnp.stack([x_BTC[0, :8], x_BTC[1, 16:]])
+            long = jnp.stack([x_BTC[0, 8:], x_BTC[1, :16]])
+            short, long = (convolve(impl, {**arrays, 'x': x}, others) for x in (short, long))
+            first, second = (short[0], long[0]), (long[1], short[1])
+            return jnp.stack([jnp.concatenate(row) for row in (first, second)])
 
         got = with_gradients(impl, lambda arrays: convolve(impl, arrays, others), arrays, dy)()
         others.pop('segment_ids')
@@ -121,17 +122,16 @@ class TestConvolution:
         case = Sequence(dilation=2, bias=True, activation=activation)
         arrays, others = arguments(case)
         skip_refused(impl, arrays, others)
-        run = functools.cache(
-            lambda length, goes_on: jax.jit(
-                lambda x, state: convolve(
-                    impl, {**arrays, 'x': x}, others, state=state, return_state=True
-                )
-            )
+        run = jitted(
+            impl,
+            lambda x, state: convolve(
+                impl, {**arrays, 'x': x}, others, state=state, return_state=True
+            ),
         )
-        whole, last = run(24, False)(arrays['x'], None)
-        parts, state, start = [], None, 0
-        for length in (9, 1, 1, 13):
-            y, state = run(length, start > 0)(arrays['x'][:, start : start + length], state)
+        whole, last = run(arrays['x'], None)
+        parts, state, start = [], jnp.zeros_like(last), 0
+        for length in (11, 1, 1, 11):
+            y, state = run(arrays['x'][:, start : start + length], state)
             parts.append(y)
             start += length
         np.testing.assert_array_equal(jnp.concatenate(parts, 1), whole)
@@ -141,8 +141,8 @@ class TestConvolution:
         case = Sequence(kernel=3, dilation=5, channels=(8, 16, 1))
         arrays, others = arguments(case)
         skip_refused(impl, arrays, others)
-        pick = jax.jit(
-            jax.grad(lambda x, t: convolve(impl, {**arrays, 'x': x}, others)[:, t].sum())
+        pick = jitted(
+            impl, jax.grad(lambda x, t: convolve(impl, {**arrays, 'x': x}, others)[:, t].sum())
         )
         for t in (0, 7, 23):
             reached = np.asarray(pick(arrays['x'], t)).any((0, 2))
@@ -181,22 +181,29 @@ def test_a_second_derivative_is_that_of_plain_operations(impl, name, mode):
     case = CASES[name]
     arrays, others = arguments(case)
     skip_refused(impl, arrays, others)
-    directions = {n: jnp.cos(jnp.arange(x.size)).reshape(x.shape) for n, x in arrays.items()}
-
-    def second(function):
-        loss = lambda arrays: (function(arrays) ** 3).sum()  # noqa: E731
-
-        def slope(arrays):
-            return sum((g * directions[n]).sum() for n, g in jax.grad(loss)(arrays).items())
-
-        if mode == 'reverse':
-            return compiled('', jax.grad(slope), arrays)()
-        return compiled('', lambda x: jax.jvp(jax.grad(loss), (x,), (directions,))[1], arrays)()
-
-    got = second(lambda arrays: convolve(impl, arrays, others))
-    for n, x in second(lambda arrays: plain(case, arrays, others)).items():
+    got = second(lambda arrays: convolve(impl, arrays, others), arrays, mode)
+    for n, x in plain_second(name, mode).items():
         atol = 1e-4 * float(jnp.abs(x).max())
         np.testing.assert_allclose(got[n], x, rtol=0, atol=atol, err_msg=n)
+
+
+def second(function, arrays, mode):
+    """Returns the derivatives of a loss's slope along one direction, by array."""
+    directions = {n: jnp.cos(jnp.arange(x.size)).reshape(x.shape) for n, x in arrays.items()}
+    loss = lambda arrays: (function(arrays) ** 3).sum()  # noqa: E731
+
+    def slope(arrays):
+        return sum((g * directions[n]).sum() for n, g in jax.grad(loss)(arrays).items())
+
+    if mode == 'reverse':
+        return compiled('', jax.grad(slope), arrays)()
+    return compiled('', lambda x: jax.jvp(jax.grad(loss), (x,), (directions,))[1], arrays)()
+
+
+@functools.cache
+def plain_second(name, mode):
+    arrays, others = arguments(CASES[name])
+    return second(lambda arrays: plain(CASES[name], arrays, others), arrays, mode)
 
 
 @pytest.mark.parametrize('impl', IMPLS)
@@ -216,7 +223,7 @@ def test_vmap_is_the_call_of_each_value_and_gradient(impl, name):
         return {'value': value, **one, **two}
 
     got = compiled(impl, jax.vmap(run, in_axes=(0, None)), arrays, shared)()
-    single = jax.jit(run)
+    single = jitted(impl, run)
     for i in range(2):
         want = single({n: x[i] for n, x in arrays.items()}, shared)
         for n, x in want.items():

@@ -261,6 +261,13 @@ def test_a_kernel_is_taken_where_it_is_predicted_to_win_and_nowhere_else(monkeyp
         assert not _taken(dataclasses.replace(GROUPED, **change), 'v6e'), change
 
 
+def test_a_depthwise_kernel_is_taken_for_many_taps():
+    wide = Case('conv2d', 128, 14, 14, 384, 7, 7, 384, groups=384)
+    assert _taken(wide, 'v6e')
+    assert not _taken(wide, 'v5e')  # not compiled there
+    assert not _taken(dataclasses.replace(wide, kernel_rows=3, kernel_cols=3), 'v6e')
+
+
 def test_on_hopper_the_memory_s_convolutions_are_taken_and_dense_ones_left_to_cudnn():
     assert _taken(dataclasses.replace(GROUPED, groups=256), 'h100')
     assert not _taken(dataclasses.replace(GROUPED, groups=1), 'h100')

@@ -12,6 +12,8 @@ import pytest
 
 jax.config.update('jax_num_cpu_devices', 8)
 jax.config.update('jax_numpy_rank_promotion', 'raise')
+# Compiling is most of what the tests do; started as processes, runs are optimised as a user's are.
+jax.config.update('jax_disable_most_optimizations', True)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

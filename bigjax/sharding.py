@@ -50,7 +50,7 @@ ACTIVATIONS = {
 
 # What a model must have, or devices along such an axis would all compute the same.
 _SHARED = {
-    'stage': 'a stack of equal layers',
+    'stage': 'scanned layers (--scan)',
     'expert': 'experts',
     'tensor': 'heads, hidden layers, channels or a vocabulary',
 }

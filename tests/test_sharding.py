@@ -194,7 +194,7 @@ def test_the_optimizer_state_lies_with_its_parameter(optim, copies):
 @pytest.mark.parametrize(
     ('axis', 'what'),
     [
-        ('stage', 'a stack of equal layers'),
+        ('stage', 'scanned layers (--scan)'),
         ('expert', 'experts'),
         ('tensor', 'heads, hidden layers, channels or a vocabulary'),
     ],

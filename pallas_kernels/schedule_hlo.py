@@ -34,6 +34,7 @@ class Instruction:
       hbm_bytes: bytes of its operands and results that lie in HBM.
       constant: a constant's values (integers only), or None.
       size: elements of the (first) result.
+      result: its type, as in 's8[1,2,2]'.
       cycles: what the compiler estimates that it takes, None where it says nothing.
       body: of a loop, the computation that is repeated.
       trips: how often, 1 where the module does not say.
@@ -47,6 +48,7 @@ class Instruction:
     hbm_bytes: int
     constant: tuple[int, ...] | None
     size: int
+    result: str = ''
     cycles: int | None = None
     body: str = ''
     trips: int = 1
@@ -98,8 +100,8 @@ def _instruction(match: re.Match, bytes_of: dict[str, int]) -> Instruction:
     cycles, body, trips = (pattern.search(attributes) for pattern in (_CYCLES, _BODY, _TRIPS))
     return Instruction(
         name, opcode, operands, kernel, int(vmem[1]) if vmem else 0, moved, constant, size,
-        int(cycles[1]) if cycles else None, body[1] if body and opcode == 'while' else '',
-        int(trips[1]) if trips else 1,
+        dims[0] if dims else '', int(cycles[1]) if cycles else None,
+        body[1] if body and opcode == 'while' else '', int(trips[1]) if trips else 1,
     )  # fmt: skip
 
 
@@ -143,7 +145,10 @@ def _constant(found, name: str) -> tuple[int, ...] | None:
         return _constant(found, instruction.operands[0])
     if instruction.opcode == 'broadcast':
         values = _constant(found, instruction.operands[0])
-        return values * instruction.size if values and len(values) == 1 else None
+        if not values or len(values) > 1:
+            return None
+        # A narrow one fills its words as a constant that is written out does.
+        return _words(instruction.result, f'{values[0]} ' * instruction.size)
     return None
 
 

@@ -137,6 +137,13 @@ def test_a_module_s_kernels_bytes_and_constants():
     values = schedule_hlo.values(found, kernel)
     # int8 rows share words: row 0 has the low byte, row 1 the next.
     assert values == {0: (0, 1, 1), 1: (1 + (2 << 8), 0 + (1 << 8)), 2: (7, 7, 7, 7)}
+    # What is broadcast, too: the mask of blocks of a published kernel that sees all of them.
+    lines = '  %two = s8[] constant(2)\n  %all = s8[1,2,2]{2,1,0} broadcast(%two), dimensions={}\n'
+    head, _, tail = MODULE.partition('\nENTRY ')
+    first, _, rest = tail.partition('\n')
+    found = schedule_hlo.instructions(f'{head}\nENTRY {first}\n{lines}{rest}')
+    passed = dataclasses.replace(found['kernel.1'], operands=('all',))
+    assert schedule_hlo.values(found, passed) == {0: (2 + (2 << 8), 2 + (2 << 8))}
     with pytest.raises(ValueError, match='ENTRY'):
         schedule_hlo.instructions('HloModule nothing')
 

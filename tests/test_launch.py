@@ -212,7 +212,7 @@ def test_workdir_that_cannot_be_written(launch, tmp_path):
 def test_training_that_diverges_is_told_without_a_traceback(launch, tmp_path):
     flags = ('--experiment=mlp', '--optimizer=sgd', '--schedule=constant', '--weight_decay=0')
     done = launch(*flags, '--peak_lr=1e30', '--warmup=0', f'--workdir={tmp_path / "run"}')
-    assert done.code == 1
+    assert done.code == 1, done.err
     last = done.err.splitlines()[-1]
     assert last.startswith('launch.py: step ')
     assert 'not finite' in last

@@ -208,6 +208,8 @@ def start(
     """Starts `run` in a child process with so many devices; ends of stdout and stderr are pipes."""
     root = str(Path(__file__).parent.parent)
     environ = {'PYTHONPATH': root, 'JAX_PLATFORMS': 'cpu', 'JAX_NUM_CPU_DEVICES': str(devices)}
+    # Compiled as the test itself is (conftest.py), or sums would round in another way.
+    environ['JAX_DISABLE_MOST_OPTIMIZATIONS'] = '1'
     if 'coordinator' in options:  # Else it would listen to the whole network.
         environ['JAX_COORDINATOR_BIND_ADDRESS'] = options['coordinator']
     return subprocess.Popen(

@@ -141,9 +141,10 @@ def forward_flops(
 ) -> int:
     """Matrix-product FLOPs of one example's forward pass, two for a multiply-add.
 
-    For each token 2 · K · C · C for the first convolution, 2 · G (2 K · C + C + S) a unit, and
-    2 · S (S + V) for the output. The embedding is a look-up and counts nothing.
+    For each token 2 · K · C · C for the first convolution, 2 · G (2 K · C + C + S) a unit, but for
+    2 · G · C of the last one, whose stream nothing reads, and 2 · S (S + V) for the output. The
+    embedding is a look-up and counts nothing.
     """
     unit = 2 * gates * (2 * kernel_size * width + width + skip)
     ends = 2 * kernel_size * width * width + 2 * skip * (skip + vocab_size)
-    return length * (ends + depth * blocks * unit)
+    return length * (ends + depth * blocks * unit - 2 * gates * width)

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from bigjax.nn.constrain import parts
+from bigjax.nn.constrain import constrain, parts
 from bigjax.nn.linear import Dense
 
 Features = int | tuple[int, ...]
@@ -48,25 +48,29 @@ def together(
     if not joined:
         return outputs
     kernels: list[jax.Array] = [layer.get_variable('params', 'kernel') for layer in layers]
-    return _joined(x, outputs, kernels, shards)
+    return _joined(x, outputs, kernels, split, shards)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def _joined(
-    x: jax.Array, outputs: list[jax.Array], kernels: list[jax.Array], shards: int
+    x: jax.Array, outputs: list[jax.Array], kernels: list[jax.Array], split: str, shards: int
 ) -> list[jax.Array]:
     """Returns the outputs, which so far have no gradient to `x`."""
     return outputs
 
 
-def _forward(x: jax.Array, outputs: list[jax.Array], kernels: list[jax.Array], shards: int):
+def _forward(
+    x: jax.Array, outputs: list[jax.Array], kernels: list[jax.Array], split: str, shards: int
+):
     empty = jnp.zeros((0,), x.dtype)  # Tells the type.
     return outputs, (empty, [w.astype(y.dtype) for w, y in zip(kernels, outputs, strict=True)])
 
 
-def _backward(shards: int, residuals: Any, gradients: list[jax.Array]):
+def _backward(split: str, shards: int, residuals: Any, gradients: list[jax.Array]):
     empty, kernels = residuals
     lead = gradients[0].shape[: 1 - kernels[0].ndim]
+    # Gathered as the layers gather them, or what a layer computes again would be gathered twice.
+    kernels = [constrain(w, None, split, *[None] * (w.ndim - 2)) for w in kernels]
     # Side by side within each device's part: nothing moves for it.
     g = jnp.concatenate([g.reshape(*lead, shards, -1) for g in gradients], axis=-1)
     w_ISP = jnp.concatenate([w.reshape(w.shape[0], shards, -1) for w in kernels], axis=-1)

@@ -172,7 +172,7 @@ def test_it_works_under_vmap():
     x = jnp.stack([operands.x_BHWC, 2 * operands.x_BHWC])
     run = lambda x: causal.forward(operands._replace(x_BHWC=x), one.spec, SMALL)[0]  # noqa: E731
     got = jax.jit(jax.vmap(run))(x)
-    np.testing.assert_array_equal(got[1], run(2 * operands.x_BHWC))
+    np.testing.assert_array_equal(got[1], jax.jit(run)(2 * operands.x_BHWC))
 
 
 @settings(deadline=None, max_examples=100, derandomize=True)

@@ -106,16 +106,13 @@ class _Inputs:
 def _sizes(operands, spec, given: BlockSizes | None, chip: Chip, interpret) -> BlockSizes:
     (B, T, H, D), (S, K, V) = operands.q_BTHD.shape, operands.v_BSKV.shape[1:]
     shape, dtype = sizing.AttentionShape(B, T, S, H, K, D, V), operands.q_BTHD.dtype
-    logit_bytes = _logit_bytes(operands)
+    options = {'logit_bytes': _logit_bytes(operands), 'chip': chip}
     if given is None or given.backward is None:
-        return sizing.choose(
-            'attention', shape, dtype, causal=spec.causal, window=spec.window,
-            logit_bytes=logit_bytes, chip=chip,
-        ).backward  # fmt: skip
+        options |= {'causal': spec.causal, 'window': spec.window}
+        return sizing.choose('attention', shape, dtype, **options).backward
     sizing.check(given)
     if not interpret:
-        options = {'logit_bytes': logit_bytes, 'backward': True}
-        sizing.check_fit(given.backward, shape, dtype, chip=chip, **options)
+        sizing.check_fit(given.backward, shape, dtype, backward=True, **options)
     return given.backward
 
 

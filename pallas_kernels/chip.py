@@ -68,8 +68,7 @@ CHIPS: dict[str, Chip] = {
         _tpu('v6e', 'TPU v6 lite', 256, 1, 920e12, 1.64e12, 128, 'v6e:2x2'),
         _tpu('v7x', 'TPU7x', 256, 1, 1155e12, 3.70e12, 64, 'tpu7x:2x2x1'),
         Chip('h100', 'NVIDIA H100', 0, 1.755e9, 132, 989e12, 3.35e12, 227 * 1024, 227 * 1024),
-        # H100's die with other memory. NVIDIA H200 data sheet, SXM: 1,979 TFLOP/s of bfloat16 with
-        # sparsity, 4.8 TB/s (nvidia.com/en-us/data-center/h200).
+        # H100's die with other memory: 4.8 TB/s, as NVIDIA's data sheet is quoted elsewhere.
         Chip('h200', 'NVIDIA H200', 0, 1.755e9, 132, 989e12, 4.8e12, 227 * 1024, 227 * 1024),
         Chip('b200', 'NVIDIA B200', 0, 1.85e9, 148, 2250e12, 8.0e12, 227 * 1024, 227 * 1024),
     )

@@ -5,8 +5,8 @@ cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x} and NVIDIA's data sheets (H100,
 of a TPU: the "available HBM" that libtpu 0.0.52 names when a program does not fit; of a GPU: what
 nvidia-smi calls its total. Links: the same pages give the sum of both directions of all links, 400,
 800 and 1,200 GB/s a chip of v5e, v6e and v5p (v7x too), 4 links on a 2-D and 6 on a 3-D torus;
-v4 has six of 50 GB/s (Jouppi et al. 2023, arXiv:2304.01433, table 4). Between both devices of a v7x
-chip, six times a link of the chip (the same pages). Network between slices:
+v4 has six of 50 GB/s (Jouppi et al. 2023, arXiv:2304.01433, table 4). That both devices of a v7x
+chip exchange at six times the rate of a chip's link is assumed. Network between slices:
 50 Gb/s a chip (v5p), 6.4 and 25.6 Tb/s a pod of 256 (v5e, v6e), 100 Gb/s a chip (v7x), 400 Gb/s
 a GPU; v4's is taken to be v5e's and v7x's v6e's, for their pages give none.
 """

@@ -12,7 +12,8 @@ import pytest
 
 jax.config.update('jax_num_cpu_devices', 8)
 jax.config.update('jax_numpy_rank_promotion', 'raise')
-# Compiling is most of what the tests do; started as processes, runs are optimised as a user's are.
+# Compiling is most of what the tests do. What launch.py runs is optimised as a user's run is; XLA's
+# forms of the kernels are, too (pallas_kernels/compiling.py).
 jax.config.update('jax_disable_most_optimizations', True)
 
 

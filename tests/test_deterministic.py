@@ -118,9 +118,8 @@ def alone():
     return get
 
 
-@pytest.mark.parametrize(
-    ('make', 'degree'), [(images, 2), (images, 8), (text, 2), (text, 4), (text, 8)]
-)
+@pytest.mark.parametrize('degree', DEGREES[1:])
+@pytest.mark.parametrize('make', [images, text])
 def test_losses_and_weights_have_the_bits_of_one_device(make, degree, alone):
     assert differing(trained(make(deterministic=True), degree), alone(make)) == set()
 

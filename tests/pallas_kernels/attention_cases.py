@@ -7,7 +7,6 @@ Legend: B batch, T queries, S keys, H query heads, K key-value heads, D, V sizes
 broadcast dimension.
 """
 
-import functools
 import itertools
 import random
 from typing import Any, NamedTuple
@@ -16,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compiling import compiled
 
 from pallas_kernels.attention import attention, implementation
 from pallas_kernels.attention.arguments import check_arguments
@@ -138,14 +138,6 @@ def with_gradients(impl: str, function, arrays: dict[str, jax.Array], cotangents
         return {'o': o, 'lse': lse, **vjp(cotangents)[0]}
 
     return compiled(impl, run, arrays, cotangents)
-
-
-def compiled(impl: str, function, *args):
-    """Returns a compiled function of nothing that calls the function with the arguments."""
-    # Most of the time goes into compiling; where XLA's code is not what is tested, it may be slow.
-    options = {} if impl == 'xla' else {'xla_backend_optimization_level': 0}
-    executable = jax.jit(function).lower(*args).compile(compiler_options=options)
-    return functools.partial(executable, *args)
 
 
 def assert_close(case: Case, got, base, want) -> None:

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compiling import compiled
 
 from pallas_kernels.conv import conv1d, conv2d, implementation
 from pallas_kernels.conv.arguments import span
@@ -243,18 +244,6 @@ def with_gradients(impl: str, function, arrays: dict[str, jax.Array], dy: jax.Ar
         return {'y': y, **vjp(dy)[0]}
 
     return compiled(impl, run, arrays, dy)
-
-
-def jitted(impl: str, function):
-    """Returns `jax.jit(function)`, which compiles fast where XLA's code is not what is tested."""
-    options = {} if impl == 'xla' else {'xla_backend_optimization_level': 0}
-    return jax.jit(function, compiler_options=options)
-
-
-def compiled(impl: str, function, *args):
-    """Returns a compiled function of nothing that calls the function with the arguments."""
-    executable = jitted(impl, function).lower(*args).compile()
-    return lambda: executable(*args)
 
 
 def assert_close(case: Case | Sequence, got, base, want) -> None:

@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from attention_cases import IMPLS, Case, arguments, compiled, skip_refused
+from attention_cases import IMPLS, Case, arguments, skip_refused
 from attention_cases import attend as attend_by_name
 from attention_oracle import plain
+from compiling import compiled
 
 from pallas_kernels.attention import attention, reference
 from pallas_kernels.attention.arguments import check_arguments

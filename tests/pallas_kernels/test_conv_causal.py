@@ -115,8 +115,7 @@ def every_pass(one, operands, du, interpret):
         dw = causal.weight_gradient(du, operands, one.spec, one.sizes, interpret=interpret)
         return {'y': y, 'dx': dx, 'dw': dw}
 
-    fast = {'xla_backend_optimization_level': 0}
-    made = jax.jit(run).lower(operands, du).compile(compiler_options=fast)(operands, du)
+    made = jax.jit(run)(operands, du)
     return {name: np.asarray(x.astype(jnp.float32)) for name, x in made.items()}
 
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conv_cases import compiled
+from compiling import compiled
 
 from pallas_kernels.chip import CHIPS
 from pallas_kernels.conv import reference

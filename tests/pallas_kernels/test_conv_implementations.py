@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compiling import compiled, jitted
 from conv_cases import (
     IMPLS,
     LEVELS,
@@ -15,11 +16,9 @@ from conv_cases import (
     Sequence,
     arguments,
     assert_close,
-    compiled,
     convolve,
     cotangent,
     covering,
-    jitted,
     output_shape,
     pairs,
     possible,

@@ -15,6 +15,7 @@ import optax
 from bigjax import describe, report, sharding
 from bigjax.accumulate import make_gradient
 from bigjax.checkpoint import Checkpoints
+from bigjax.compiler_options import compiler_options
 from bigjax.data import pipeline
 from bigjax.evaluate import Evaluator
 from bigjax.experiment import Experiment, Run, UsageError
@@ -24,7 +25,7 @@ from bigjax.interrupt import catch_interrupts
 from bigjax.metrics import TimeSplit, Writer
 from bigjax.offload import offloaded
 from bigjax.profile import Profile
-from bigjax.state import TrainState, check_pipeline, check_pretrained, first_state, setup
+from bigjax.state import Setup, TrainState, check_pipeline, check_pretrained, first_state, setup
 from bigjax.task import Batch
 
 
@@ -82,6 +83,17 @@ def make_train_step(experiment: Experiment) -> Callable:
         return state, jax.tree.map(lambda x: x[None], metrics)
 
     return train_step
+
+
+def jit_train_step(experiment: Experiment, plan: Setup) -> Any:
+    """Returns the train step jitted for a mesh: a state takes the place of the one before."""
+    return jax.jit(
+        make_train_step(experiment),
+        in_shardings=(plan.shardings, None),
+        out_shardings=(plan.shardings, sharding.replicated(plan.mesh)),
+        donate_argnums=0,
+        compiler_options=compiler_options(plan.mesh),
+    )
 
 
 def train(experiment: Experiment, identity: Identity, workdir: Path) -> Outcome:
@@ -163,12 +175,7 @@ def train(experiment: Experiment, identity: Identity, workdir: Path) -> Outcome:
         )
 
         # ---- The step, compiled once ----
-        train_step = jax.jit(
-            make_train_step(experiment),
-            in_shardings=(plan.shardings, None),
-            out_shardings=(plan.shardings, sharding.replicated(plan.mesh)),
-            donate_argnums=0,
-        )
+        train_step = jit_train_step(experiment, plan)
 
         def log(first: int, values: dict[str, Any]) -> None:
             """Reads the metrics of one call, in which steps `first`, first + 1, … were done."""

@@ -29,7 +29,7 @@ from bigjax.plan.program.compiled import without_data
 from bigjax.plan.topology import Topology, parse
 from bigjax.run import UsageError
 from bigjax.state import Setup, setup
-from bigjax.train import make_train_step
+from bigjax.train import jit_train_step
 
 _UNITS = {'': 1, 'B': 1, 'K': 2**10, 'M': 2**20, 'G': 2**30, 'T': 2**40}
 
@@ -69,12 +69,7 @@ def lowered(experiment: Experiment, plan: Setup) -> Any:
         plan.abstract,
         plan.shardings,
     )
-    step = jax.jit(
-        make_train_step(experiment),
-        in_shardings=(plan.shardings, None),
-        out_shardings=(plan.shardings, sharding.replicated(plan.mesh)),
-        donate_argnums=0,
-    )
+    step = jit_train_step(experiment, plan)
     with jax.set_mesh(plan.mesh):
         traced = step.trace(state, batches(experiment, plan.mesh))
         return traced.lower(lowering_platforms=('tpu',))

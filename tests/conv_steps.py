@@ -34,6 +34,12 @@ STEPS: dict[str, tuple[str, dict[str, Any]]] = {
          'dtype': 'bfloat16', 'batch': 8},
     ),
 }  # fmt: skip
+# Two blocks each of networks that no experiment has, whose convolutions have kernels: batch, side
+# and channels of the images, kernel and groups of the convolution.
+BLOCKS: dict[str, tuple[int, int, int, int, int]] = {
+    'convnext blocks': (128, 14, 384, 7, 384),
+    'resnext blocks': (32, 56, 256, 3, 32),
+}
 IMPLS = ('xla', 'auto', 'tpu')
 # Dumps of the kernels: their bundles are read, those of all else are told by the compiler.
 KERNELS = re.compile(r'\d+-(conv_|stem|depthwise|grouped|causal|sequence|gated)')
@@ -67,12 +73,59 @@ def built(name: str, impl: str) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
     from bigjax.data import pipeline
     from bigjax.state import make_init
 
+    if name in BLOCKS:
+        return blocks(name, impl)
     source, knobs = STEPS[name]
     run = experiment.load(source, conv=impl, **knobs)
     state = jax.eval_shape(make_init(run.task, run.optimizer, run.run.seed))
     rows = pipeline.train_batches(run.data.train, batch=run.run.batch, seed=0)
     batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape), x.dtype), dict(rows[0]))
     return train.make_train_step(run), (state, batch), {}
+
+
+def blocks(name: str, impl: str) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+    """Returns a step of gradient descent on two blocks, shapes of parameters and input, no notes.
+
+    ConvNeXt's block is a depthwise convolution, LayerNorm and an MLP (Liu et al. 2022,
+    arXiv:2201.03545); ResNeXt's a grouped convolution between two of 1 x 1, with BatchNorm (Xie et
+    al. 2017, arXiv:1611.05431).
+    """
+    import jax
+    import jax.numpy as jnp
+
+    from pallas_kernels.conv import conv2d
+
+    B, H, C, K, groups = BLOCKS[name]
+    wide = groups == C  # An MLP of 4 C, else two 1 x 1 convolutions.
+
+    def normed(x_BHWC: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+        x = x_BHWC.astype(jnp.float32)
+        x = (x - x.mean(axes, keepdims=True)) * jax.lax.rsqrt(x.var(axes, keepdims=True) + 1e-5)
+        return x.astype(jnp.bfloat16)
+
+    def convnext(w: dict[str, jax.Array], x: jax.Array) -> jax.Array:
+        y = normed(conv2d(x, w['spatial'], groups=groups, impl=own), (3,))
+        return x + jax.nn.gelu(y @ w['up']) @ w['down']
+
+    def resnext(w: dict[str, jax.Array], x: jax.Array) -> jax.Array:
+        y = jax.nn.relu(normed(x @ w['up'], (0, 1, 2)))
+        y = jax.nn.relu(normed(conv2d(y, w['spatial'], groups=groups, impl=own), (0, 1, 2)))
+        return jax.nn.relu(x + normed(y @ w['down'], (0, 1, 2)))
+
+    def loss(weights: list[dict[str, jax.Array]], x: jax.Array) -> jax.Array:
+        for w in weights:
+            x = (convnext if wide else resnext)(w, x)
+        return jnp.mean(jnp.square(x.astype(jnp.float32)))
+
+    def step(weights: list[dict[str, jax.Array]], x: jax.Array) -> tuple[Any, jax.Array]:
+        gradients, dx = jax.grad(loss, (0, 1))(weights, x)
+        return jax.tree.map(lambda w, g: w - 0.1 * g, weights, gradients), dx
+
+    own = None if impl == 'auto' else impl
+    inner = 4 * C if wide else C
+    shapes = {'spatial': (K, K, C // groups, C), 'up': (C, inner), 'down': (inner, C)}
+    one = {key: jax.ShapeDtypeStruct(shape, jnp.bfloat16) for key, shape in shapes.items()}
+    return step, ([one, one], jax.ShapeDtypeStruct((B, H, H, C), jnp.bfloat16)), {}
 
 
 def row(name: str, impl: str, chip: Chip) -> Row:
@@ -116,15 +169,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('--chip', default='v6e', choices=TPUS)
     parser.add_argument('--impl', default=','.join(IMPLS), help=f'of {",".join(IMPLS)}')
-    parser.add_argument('steps', nargs='*', help=f'of {", ".join(STEPS)}; default: all')
+    parser.add_argument('steps', nargs='*', help=f'of {", ".join([*STEPS, *BLOCKS])}; default: all')
     given = parser.parse_args()
-    if unknown := {*given.steps} - {*STEPS} | {*given.impl.split(',')} - {*IMPLS}:
+    if unknown := {*given.steps} - {*STEPS, *BLOCKS} | {*given.impl.split(',')} - {*IMPLS}:
         parser.error(f'{", ".join(sorted(unknown))}: neither a step nor an implementation')
     print(
         '| step | impl | outside ms | kernels ms (number) | both ms | HBM GB | temp GB | copies |'
     )
     print('|---|---|---|---|---|---|---|---|')
-    for name in given.steps or STEPS:
+    for name in given.steps or [*STEPS, *BLOCKS]:
         for impl in given.impl.split(','):
             try:
                 found = row(name, impl, named(given.chip))
@@ -143,7 +196,11 @@ def main() -> None:
 
 def child(name: str, impl: str, chip: str, folder: str) -> None:
     """Compiles a step into a folder."""
-    schedule_compile.into(Path(folder), lambda: built(name, impl), named(chip), donate_argnums=0)
+    # Weights and images keep JAX's layouts; a block's own come and go as its neighbours leave them.
+    free = name in BLOCKS
+    schedule_compile.into(
+        Path(folder), lambda: built(name, impl), named(chip), free=free, donate_argnums=0
+    )
 
 
 if __name__ == '__main__':

@@ -14,14 +14,13 @@ from pallas_kernels.conv.arguments import Operands, Spec
 from pallas_kernels.conv.gated_arguments import GatedOperands
 
 # Kind of kernel -> chip -> ours / XLA's. What is not here was not compiled, or does not win.
-# Causal: default layouts, as between projections. Grouped, stem: forward and backward here to XLA's
-# forward and the roofline of its gradients, which it cannot beat.
+# Causal: default layouts, as between projections. No stem: by itself 0.29 of XLA's time, but in a
+# network's step its layout costs copies that take more (whole steps in ../README.md).
 RATIOS: dict[str, dict[str, float]] = {
     'causal': {'v6e': 0.46},
     'depthwise': {'v6e': 0.40},  # of many taps; with 9 it is 1.04
     'gated': {'v6e': 0.41},
     'grouped': {'v6e': 0.71},
-    'stem': {'v6e': 0.79},
 }
 FEWEST_TAPS = 49  # of a depthwise kernel: with few, both sides wait for the memory
 MOST_GROUP_CHANNELS = 8  # with more, XLA spends less on the channels of other groups

@@ -95,15 +95,29 @@ def test_products_are_of_one_size(places, most):
 
 
 @pytest.mark.parametrize(
-    ('chip', 'O', 'near'), [('v6e', 256, True), ('v6e', 2**14, False), ('v5p', 256, False)]
+    ('chip', 'O', 'more', 'near'),
+    [
+        ('v6e', 256, {}, True),
+        ('v6e', 2**12, {}, False),
+        ('v6e', 256, {'features': 128}, False),
+        ('v6e', 256, {'weights': True}, False),
+        ('v5p', 256, {}, False),
+    ],
+    ids=['small', 'large', 'in blocks', 'gradient', 'two cores'],
 )
-def test_a_small_kernel_is_fetched_beside_what_runs_before(chip, O, near):  # noqa: E741
-    device = jax.sharding.AbstractDevice(chips.named(chip).kind, 1, 'tpu')
-    operands = Operands(jnp.zeros((1, 4, 4, 256)), jnp.zeros((3, 3, 256, O)))
-    spec = Spec((1, 1), SAME)
+def test_which_kernels_are_fetched_beside_what_runs_before(chip, O, more, near):  # noqa: E741
+    axes = [forward_axis(4, 4, 3, 1, 1, 1)] * 2
+    plan = dense_plan.Plan(*axes, (3, 3), 16, 256, O, **({'features': O} | more), batch=16, units=4)
+    assert dense_blocks.keeps_kernel(plan, jnp.bfloat16, chips.named(chip)) == near
+
+
+def test_a_kernel_is_fetched_beside_what_runs_before():
+    device = jax.sharding.AbstractDevice(chips.named('v6e').kind, 1, 'tpu')
+    operands, _ = drawn(CALLS['bfloat16'])
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device)):
-        program = jax.make_jaxpr(lambda operands: dense.forward(operands, spec)[0])(operands)
-    assert ('with_memory_space_constraint' in str(program)) == near
+        forward = lambda operands: dense.forward(operands, Spec((1, 1), SAME))[0]  # noqa: E731
+        program = str(jax.make_jaxpr(forward)(operands._replace(residual_BPQO=None)))
+    assert program.count('with_memory_space_constraint') == 1
 
 
 @pytest.mark.parametrize('name', ['rows', 'packed'])

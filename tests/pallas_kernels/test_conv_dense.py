@@ -111,13 +111,17 @@ def test_which_kernels_are_fetched_beside_what_runs_before(chip, O, more, near):
     assert dense_blocks.keeps_kernel(plan, jnp.bfloat16, chips.named(chip)) == near
 
 
-def test_a_kernel_is_fetched_beside_what_runs_before():
+@pytest.mark.parametrize('mapped', [False, True], ids=['one', 'many stay in HBM'])
+def test_a_kernel_is_fetched_beside_what_runs_before(mapped):
     device = jax.sharding.AbstractDevice(chips.named('v6e').kind, 1, 'tpu')
     operands, _ = drawn(CALLS['bfloat16'])
+    operands = Operands(operands.x_BHWC, operands.w_KLDO)
+    operands = jax.tree.map(lambda x: jnp.stack([x, x]), operands) if mapped else operands
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device)):
         forward = lambda operands: dense.forward(operands, Spec((1, 1), SAME))[0]  # noqa: E731
-        program = str(jax.make_jaxpr(forward)(operands._replace(residual_BPQO=None)))
-    assert program.count('with_memory_space_constraint') == 1
+        traced = jax.jit(jax.vmap(forward) if mapped else forward).trace(operands)
+        program = traced.lower(lowering_platforms=('tpu',)).as_text()
+    assert ('input_memory_space_colors' in program) == (not mapped)
 
 
 @pytest.mark.parametrize('name', ['rows', 'packed'])

@@ -207,9 +207,21 @@ def _convolve(
     interpret = not compiled if interpret is None else interpret
     near = not interpret and dense_blocks.keeps_kernel(plan, w_KLCO.dtype, chip)
     if near:
-        inputs['w'] = pltpu.with_memory_space_constraint(w_KLCO, pltpu.VMEM)
+        inputs['w'] = _near(w_KLCO)
     made = _call(plan, inputs, chip.vmem_limit if compiled else None, near)(interpret=interpret)
     return [layout.turn_back(x, B, O) for x in made]
+
+
+@jax.custom_batching.custom_vmap
+def _near(w_KLCO: jax.Array) -> jax.Array:
+    """The kernel, to be fetched into VMEM before the call; many, of a mapped call, stay in HBM."""
+    return pltpu.with_memory_space_constraint(w_KLCO, pltpu.VMEM)
+
+
+@_near.def_vmap
+def _(size: int, batched: list[bool], w: jax.Array) -> tuple[jax.Array, bool]:
+    del size
+    return w, batched[0]
 
 
 def _call(plan: Plan, inputs: dict[str, jax.Array], limit: int | None, near: bool):

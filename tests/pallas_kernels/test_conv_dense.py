@@ -13,7 +13,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import chip as chips
 from pallas_kernels.conv.arguments import ConvBlockSizes, Operands, Spec
-from pallas_kernels.conv.tpu import dense, dense_blocks, dense_pack, dense_plan
+from pallas_kernels.conv.tpu import dense, dense_blocks, dense_kernel, dense_pack, dense_plan
 from pallas_kernels.conv.tpu.dense_axis import forward_axis, gradient_axis
 
 # Nobody reads behind an end, nor what no copy and no store has filled.
@@ -71,10 +71,57 @@ def test_blocks_of_rows_are_right(name, unrolled, monkeypatch):
     assert_right(dense, BLOCKS[name], 'v6e')
 
 
-def test_turns_of_the_loop_do_every_row_once(monkeypatch):
+@pytest.mark.parametrize('group', [2, 3], ids=['rest of one', 'rest of two'])
+def test_turns_of_the_loop_do_every_row_once(group, monkeypatch):
     call = BLOCKS['rows']._replace(image=(2, 12, 2, 8), sizes=ConvBlockSizes(rows=6))
-    monkeypatch.setattr(dense_blocks, '_group', lambda plan, chip: 2)  # of five rows, and five
+    monkeypatch.setattr(dense_blocks, '_group', lambda plan, chip: group)  # of five rows, and five
     assert_right(dense, call, 'v6e')
+
+
+def test_rows_that_turns_leave_are_done_together():
+    axes = forward_axis(28, 28, 3, 1, 4, 4), forward_axis(28, 28, 3, 1, 4, 4)
+    plan = dense_plan.Plan(*axes, (3, 3), 32, 256, 256)
+    chosen = dense_blocks.choose(plan, jnp.bfloat16, chips.named('v6e'))
+    assert (chosen.whole_units, chosen.group, chosen.rest) == ([3, 7, 7, 3], 7, 3)
+
+
+@settings(deadline=None, max_examples=50, derandomize=True)
+@given(st.integers(1, 300), st.integers(1, 40))
+def test_products_are_of_one_size(places, most):
+    parts = [len(part) for part in dense_kernel.evenly(list(range(places)), most)]
+    assert sum(parts) == places
+    assert max(parts) <= most
+    assert max(parts) - min(parts) <= 1
+
+
+@pytest.mark.parametrize(
+    ('chip', 'O', 'more', 'near'),
+    [
+        ('v6e', 256, {}, True),
+        ('v6e', 2**12, {}, False),
+        ('v6e', 256, {'features': 128}, False),
+        ('v6e', 256, {'weights': True}, False),
+        ('v5p', 256, {}, False),
+    ],
+    ids=['small', 'large', 'in blocks', 'gradient', 'two cores'],
+)
+def test_which_kernels_are_fetched_beside_what_runs_before(chip, O, more, near):  # noqa: E741
+    axes = [forward_axis(4, 4, 3, 1, 1, 1)] * 2
+    plan = dense_plan.Plan(*axes, (3, 3), 16, 256, O, **({'features': O} | more), batch=16, units=4)
+    assert dense_blocks.keeps_kernel(plan, jnp.bfloat16, chips.named(chip)) == near
+
+
+@pytest.mark.parametrize('mapped', [False, True], ids=['one', 'many stay in HBM'])
+def test_a_kernel_is_fetched_beside_what_runs_before(mapped):
+    device = jax.sharding.AbstractDevice(chips.named('v6e').kind, 1, 'tpu')
+    operands, _ = drawn(CALLS['bfloat16'])
+    operands = Operands(operands.x_BHWC, operands.w_KLDO)
+    operands = jax.tree.map(lambda x: jnp.stack([x, x]), operands) if mapped else operands
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device)):
+        forward = lambda operands: dense.forward(operands, Spec((1, 1), SAME))[0]  # noqa: E731
+        traced = jax.jit(jax.vmap(forward) if mapped else forward).trace(operands)
+        program = traced.lower(lowering_platforms=('tpu',)).as_text()
+    assert ('input_memory_space_colors' in program) == (not mapped)
 
 
 @pytest.mark.parametrize('name', ['rows', 'packed'])

@@ -204,19 +204,36 @@ def _convolve(
         inputs['vectors'] = jnp.stack([x.astype(jnp.float32) for x in vectors.values()])
     if residual is not None:
         inputs['residual'] = layout.turn(residual, plan.B, O)
-    call = _call(plan, inputs, chip.vmem_limit if compiled else None)
-    made = call(interpret=not compiled if interpret is None else interpret)
+    interpret = not compiled if interpret is None else interpret
+    near = not interpret and dense_blocks.keeps_kernel(plan, w_KLCO.dtype, chip)
+    if near:
+        inputs['w'] = _near(w_KLCO)
+    made = _call(plan, inputs, chip.vmem_limit if compiled else None, near)(interpret=interpret)
     return [layout.turn_back(x, B, O) for x in made]
 
 
-def _call(plan: Plan, inputs: dict[str, jax.Array], limit: int | None):
+@jax.custom_batching.custom_vmap
+def _near(w_KLCO: jax.Array) -> jax.Array:
+    """The kernel, to be fetched into VMEM before the call; many, of a mapped call, stay in HBM."""
+    return pltpu.with_memory_space_constraint(w_KLCO, pltpu.VMEM)
+
+
+@_near.def_vmap
+def _(size: int, batched: list[bool], w: jax.Array) -> tuple[jax.Array, bool]:
+    del size
+    return w, batched[0]
+
+
+def _call(plan: Plan, inputs: dict[str, jax.Array], limit: int | None, near: bool):
     """The `pallas_call` of a plan, to be called with `interpret`."""
     outputs = ['y', 'u'] if plan.keep else ['y']
     image = pl.BlockSpec(plan.y_block, lambda o, b, i: (i, 0, b, o))
     scratch = dense_kernel.scratch(plan, inputs['x'].dtype)
     specs = {
         'x': dense_kernel.window(plan, lambda o, b, i: (i, b)),
-        'w': pl.BlockSpec(plan.w_block, lambda o, b, i: (0, 0, 0, o)),
+        'w': pl.BlockSpec(memory_space=pltpu.VMEM)
+        if near
+        else pl.BlockSpec(plan.w_block, lambda o, b, i: (0, 0, 0, o)),
         'vectors': pl.BlockSpec((len(plan.vectors), plan.y_block[3]), lambda o, b, i: (0, o)),
         'residual': image,
     }

@@ -13,7 +13,7 @@ from pallas_kernels.conv.tpu.dense_plan import Plan
 MXU_ROWS = 256  # of a product: enough to hide loading the kernel, few enough for registers
 SUMMED = 1024  # outputs that a product of the kernel's gradient sums: their sums are rarely moved
 UNROLLED = 8192  # cycles of the matrix unit in a basic block; compiling takes a second per thousand
-TURN = 200  # cycles that the matrix unit idles at a loop's turn
+MOVED = 1.4  # time where lanes are moved, to that of the products alone
 STEP_S = 0.2e-6  # seconds that a turn of the grid costs
 
 
@@ -70,6 +70,13 @@ def vmem_bytes(plan: Plan, dtype) -> int:
     return 2 * sum(block_bytes(plan, dtype)) + sum(own)
 
 
+def keeps_kernel(plan: Plan, dtype, chip: Chip) -> bool:
+    """Whether XLA fetches the kernel into VMEM, beside what runs before, so that no step waits."""
+    _, w, _ = block_bytes(plan, dtype)
+    spare = (chip.vmem_bytes - chip.vmem_limit) // 8  # each core of a v5p has a VMEM of its own
+    return not plan.weights and chip.cores == 1 and plan.features == plan.O and w <= spare
+
+
 def _features(O: int, given: int | None) -> list[int]:  # noqa: E741
     if given is not None:
         return [given if O % given == 0 and given % layout.LANES == 0 else O]
@@ -109,22 +116,28 @@ def _group(plan: Plan, chip: Chip) -> int:
     if one * plan.rows.units <= 1.5 * UNROLLED or first == last:
         return 0
     most = max(1, min(max(plan.whole_units), int(UNROLLED / max(one, 1))))
-    # A turn takes some cycles to fill the matrix unit and to empty it.
-    return min(
-        range(1, most + 1),
-        key=lambda n: sum(
-            w // n * (n * one + TURN) + w % n * (one + TURN) for w in plan.whole_units
-        ),
-    )
+
+    # Some 200 cycles of a turn fill the matrix unit and empty it.
+    def turns(n):
+        rest = dataclasses.replace(plan, group=n).rest
+        return sum(w // n + (w % n // rest if rest else 0) for w in plan.whole_units), n
+
+    return min(range(1, most + 1), key=turns)
 
 
 def _seconds(plan: Plan, dtype, chip: Chip) -> float:
     """A rough estimate of a kernel's time, to choose blocks by."""
-    x, w, y = block_bytes(plan, dtype)
-    n_o, n_b = plan.O // plan.features, plan.B // plan.batch
-    steps = n_o * n_b * plan.n_rows
     bandwidth = chip.hbm_bytes_per_s / chip.cores
-    copied = steps * (x + y) + n_o * w
-    work = cycles(plan, chip, plan.rows.units) * n_b * n_o / chip.clock_hz
-    ends = (x + w + y) / bandwidth
-    return (max(work, copied / bandwidth) + steps * STEP_S) / chip.cores + ends
+    x, w, y = (size / bandwidth for size in block_bytes(plan, dtype))
+    n_o, n_b = plan.O // plan.features, plan.B // plan.batch
+    steps = -(-n_o * n_b * plan.n_rows // chip.cores)
+    work = cycles(plan, chip, plan.rows.units) / plan.n_rows / chip.clock_hz
+    work *= MOVED if plan.packed else 1
+    ends = x + y + (0 if keeps_kernel(plan, dtype, chip) else w)
+    if steps == 1:
+        return ends + work + STEP_S
+    # Only inputs are copied beside the first step, only outputs beside the last.
+    inputs, outputs = (x + y, 0) if plan.weights else (x, y)
+    first, last = max(work, inputs), max(work, outputs)
+    between = max(work, x + y) * (steps - 2)
+    return ends + first + between + last + (n_o - 1) * w + (steps + 2) * STEP_S

@@ -24,8 +24,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.conv import epilogue
+from pallas_kernels.conv.tpu import layout
 from pallas_kernels.conv.tpu.dense_axis import Tap
 from pallas_kernels.conv.tpu.dense_plan import FEATURES, Plan
+
+PACKED_ROWS = 8  # of inputs that are put side by side in a turn of a loop
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,11 +66,17 @@ def kernel(plan: Plan, names: tuple[str, ...], *refs: Any) -> None:
     def run(rows: Rows) -> None:
         for low in range(0, plan.features, FEATURES):
             for places, pairs in tiles(plan, rows):
-                size = -(-len(places) // -(-len(places) // plan.places))
-                for part in itertools.batched(places, size):
-                    _tile(plan, named, rows, list(part), pairs, slice(low, low + FEATURES))
+                for part in evenly(places, plan.places):
+                    _tile(plan, named, rows, part, pairs, slice(low, low + FEATURES))
 
     over_rows(plan, pl.program_id(2) if plan.n_rows > 1 else 0, run)
+
+
+def evenly(places: list[Place], most: int) -> Iterator[list[Place]]:
+    """Cuts into parts of much the same size: a small one would wait for its kernels to load."""
+    count = -(-len(places) // most)
+    for n in range(count):
+        yield places[n * len(places) // count : (n + 1) * len(places) // count]
 
 
 def over_rows(plan: Plan, block: Any, run: Callable[[Rows], None]) -> None:
@@ -98,11 +107,11 @@ def over_rows(plan: Plan, block: Any, run: Callable[[Rows], None]) -> None:
     def _(turn):
         run(rows(low + turn * plan.group, plan.group, block))
 
-    if plan.leaves_rest:
+    if plan.rest:
 
-        @pl.loop(rest, high)
+        @pl.loop(rest, high, step=plan.rest)
         def _(unit):
-            run(rows(unit, 1, block))
+            run(rows(unit, plan.rest, block))
 
     for unit in [*range(first), *range(last, axis.units)]:
         static(unit, 1)
@@ -212,13 +221,15 @@ def _pack(plan: Plan, refs: types.SimpleNamespace) -> None:
 def inputs_side_by_side(plan: Plan, from_ref: Any, to_ref: Any) -> None:
     """Puts neighbouring columns of a block into the lanes."""
     zeros = jnp.zeros((plan.batch, from_ref.shape[3]), from_ref.dtype)
+    # Moving lanes takes long, but many of such moves may be under way.
+    together = layout.largest_divisor(plan.in_rows, PACKED_ROWS)
 
-    @pl.loop(0, plan.in_rows)
-    def _(row):
-        for block in range(plan.cols.size_in):
+    @pl.loop(0, plan.in_rows, step=together)
+    def _(first):
+        for row, block in np.ndindex(together, plan.cols.size_in):
             cols = plan.packing.columns(block)
-            parts = [zeros if col is None else from_ref[row, col] for col in cols]
-            to_ref[row, block] = jnp.concatenate(parts, axis=1)
+            parts = [zeros if col is None else from_ref[first + row, col] for col in cols]
+            to_ref[first + row, block] = jnp.concatenate(parts, axis=1)
 
 
 def _finish(plan: Plan, refs, rows: Rows, places: list[Place], sum_MO, features: slice) -> None:

@@ -4,6 +4,7 @@ Legend: K L kernel rows and columns, C input channels, O output channels.
 """
 
 import dataclasses
+import math
 
 from pallas_kernels.conv.tpu import layout
 from pallas_kernels.conv.tpu.dense_axis import Axis
@@ -138,9 +139,9 @@ class Plan:
         return [max(0, high - low) for low, high in ends]
 
     @property
-    def leaves_rest(self) -> bool:
-        """Whether some block's units are no whole number of turns."""
-        return any(n % self.group for n in self.whole_units)
+    def rest(self) -> int:
+        """Units of rows in a turn for those that the turns of every block leave; 0 if none do."""
+        return math.gcd(*(n % self.group for n in self.whole_units))
 
     def first_row(self, block):
         """The first input row of a block of rows, which is never one that does not exist."""
@@ -156,7 +157,7 @@ class Plan:
         bodies = [self.rows.units]
         if self.group:
             edges = self.rows.units - (last - first)
-            bodies = [self.group, *[1] * (edges + self.leaves_rest)]
+            bodies = [self.group, *[self.rest] * (self.rest > 0), *[1] * edges]
         count = 0
         for units in bodies:
             for row_taps in self.rows.taps:

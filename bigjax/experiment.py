@@ -7,6 +7,7 @@ a frozen dataclass (`Run`, `Optim`, …) is a group: each of its fields is a kno
 import ast
 import dataclasses
 import difflib
+import functools
 import importlib
 import inspect
 import re
@@ -144,6 +145,7 @@ def _type(annotation: Any) -> Any:
     return annotation
 
 
+@functools.cache  # A search asks for each of its candidates.
 def knobs(function: Callable[..., Experiment]) -> dict[str, Knob]:
     """Returns the knobs of an experiment function in the order of its signature.
 

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -85,7 +86,7 @@ def check_pretrained(experiment: Experiment, plan: Setup) -> None:
 
 def check_pipeline(experiment: Experiment, plan: Setup) -> None:
     """Raises UsageError where a batch does not go through the stages of the mesh, if it has any."""
-    with jax.sharding.use_abstract_mesh(plan.mesh.abstract_mesh):
+    with _on(plan.mesh):
         if stages() == 1:
             return
         data, run = experiment.data.train, experiment.run
@@ -134,9 +135,16 @@ def setup(experiment: Experiment, devices: Sequence[Any] | None = None) -> Setup
     return placed(experiment, mesh)
 
 
+def _on(mesh: jax.sharding.Mesh) -> AbstractContextManager[Any]:
+    """Sets a mesh, which may have no devices."""
+    if isinstance(mesh, jax.sharding.AbstractMesh):
+        return jax.sharding.use_abstract_mesh(mesh)
+    return jax.set_mesh(mesh)
+
+
 def shapes(experiment: Experiment, mesh: jax.sharding.Mesh) -> TrainState:
     """Returns the state's shapes and types; raises UsageError where the model refuses the mesh."""
-    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+    with _on(mesh):
         if context.context_size() > 1 and not experiment.task.splits_positions:
             raise context.refusal()
         return jax.eval_shape(make_init(experiment.task, experiment.optimizer, experiment.run.seed))

@@ -44,8 +44,8 @@ def search(
         if guess := closed(name, found, change):
             guessed.append((change, guess))
     rows, asked = [], _asked(changes, found)
-    tried = chosen(guessed, options.tries)
-    tried += [change for change in asked if change not in tried]
+    picked = chosen(guessed, options.tries)
+    tried = [*picked, *(change for change in asked if change not in picked)]
     for change in (bar := tqdm(tried, desc='compiling', unit='way')):
         try:
             way = assess(name, {**values, **change}, found.topology, options, kept)

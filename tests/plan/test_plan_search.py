@@ -67,8 +67,11 @@ def test_a_search_ranks_good_and_bad_ones(searched):
     rows, _, _ = searched
     [asked] = [row for row in rows if row['asked']]
     assert asked['flags'] == '--mesh=fsdp=4 --batch=64 --remat=full'
-    assert 8 <= len(rows) <= 9  # it costs nothing more
     fitting = [row for row in rows if row['fits']]
+    room = parse('h100:4').hardware.hbm_bytes
+    missed = [r for r in rows if not r['fits'] and r['peak_bytes'] <= searching.LIMIT * room]
+    # What was asked for costs nothing more, and for what just misses another one is tried.
+    assert 8 <= len(rows) <= 9 + len(missed)
     ruled_out = len(rows) - len(fitting)
     assert [row['fits'] for row in rows] == [True] * len(fitting) + [False] * ruled_out
     speeds = [row['tokens_per_second'] for row in fitting]

@@ -214,6 +214,7 @@ def test_what_should_fit_and_does_not_is_tried_with_less_memory():
         ({'mesh': 'a', 'remat': 'z'}, way(4, 5)),
         ({'mesh': 'a', 'remat': 'w'}, way(3, 7)),
         ({'mesh': 'b', 'remat': 'w'}, way(1, 7)),
+        ({'mesh': 'a', 'remat': 'v'}, way(1, 10.8)),  # It needs more than what has failed.
     ]
     changes = [change for change, _ in guessed]
     assert searching.instead(changes[0], guessed, changes[:1]) == []

@@ -7,6 +7,7 @@ a frozen dataclass (`Run`, `Optim`, …) is a group: each of its fields is a kno
 import ast
 import dataclasses
 import difflib
+import functools
 import importlib
 import inspect
 import re
@@ -25,6 +26,7 @@ if TYPE_CHECKING:  # Listing experiments and reading flags must not wait for JAX
     from bigjax.predict import Predicted
     from bigjax.pretrained.pretrained import Pretrained
     from bigjax.sharding import Rule
+    from bigjax.strategy import Strategy
     from bigjax.task import Task
 
 EXPERIMENTS = Path(__file__).parent.parent / 'experiments'
@@ -70,6 +72,7 @@ class Experiment:
       show: `show(batch, outputs)` -> one text a row, for the few examples that are shown.
       generate: (params, extra) -> texts of `--action=generate`, where `task.decoder` is not how.
       model: the Linen module of a language model, from which a plan reads what it is made of.
+      strategy: how a decoder is computed.
       pretrained: the model's names in other libraries, and the weights that step 0 starts from.
       nonfinite: `'stop'` ends training at a loss or gradient that is not finite; `'skip'` goes on.
     """
@@ -88,6 +91,7 @@ class Experiment:
     show: 'Callable[[Examples, Examples], list[str]] | None' = None
     generate: Callable[[Any, Any], list[str]] | None = None
     model: Any = None
+    strategy: 'Strategy | None' = None
     pretrained: 'Pretrained | None' = None
     nonfinite: str = 'stop'
 
@@ -141,6 +145,7 @@ def _type(annotation: Any) -> Any:
     return annotation
 
 
+@functools.cache  # A search asks for each of its candidates.
 def knobs(function: Callable[..., Experiment]) -> dict[str, Knob]:
     """Returns the knobs of an experiment function in the order of its signature.
 

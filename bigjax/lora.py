@@ -20,6 +20,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from bigjax.experiment import Experiment, UsageError
 from bigjax.nn.linear import Dense
+from bigjax.run import need
 from bigjax.task import Task
 from bigjax.transforms import AverageState
 
@@ -49,6 +50,9 @@ class LoRA:
         ):
             if not ok:
                 raise UsageError(f'--{name}={getattr(self, name)}: {rule}; try --{name}={good}')
+        for field in () if self.rank else dataclasses.fields(self)[1:]:
+            given = getattr(self, field.name) != field.default
+            need(not given, self, field.name, 'is of adapters, and --rank=0 is none', field.default)
 
 
 def with_lora(experiment: Experiment, lora: LoRA) -> Experiment:

@@ -113,8 +113,8 @@ def make_mesh(text: str, dcn: str = '', devices: Sequence[Any] | None = None) ->
 
     Args:
       text: sizes, see `parse_mesh`.
-      dcn: the part of each axis between slices, see `parse_dcn`. Where devices know of no slices
-        and `dcn` is given, each process is one.
+      dcn: the part of each axis between slices, see `parse_dcn`. Where devices know of no slices,
+        as only TPUs surely do, and `dcn` is given, each process is one.
       devices: what the mesh is made of, such as a topology's; None takes all there are.
 
     Raises:
@@ -124,7 +124,7 @@ def make_mesh(text: str, dcn: str = '', devices: Sequence[Any] | None = None) ->
     sizes = parse_mesh(text, len(devices))
     slices = {getattr(device, 'slice_index', 0) for device in devices}
     processes = {device.process_index for device in devices}
-    by_process = bool(dcn) and len(slices) == 1
+    by_process = bool(dcn) and len(slices) == 1 and devices[0].platform != 'tpu'
     between = parse_dcn(dcn, sizes, len(processes if by_process else slices))
     if len(slices) > 1 or by_process:
         array = mesh_utils.create_hybrid_device_mesh(

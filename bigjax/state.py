@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -85,7 +86,7 @@ def check_pretrained(experiment: Experiment, plan: Setup) -> None:
 
 def check_pipeline(experiment: Experiment, plan: Setup) -> None:
     """Raises UsageError where a batch does not go through the stages of the mesh, if it has any."""
-    with jax.set_mesh(plan.mesh):
+    with _on(plan.mesh):
         if stages() == 1:
             return
         data, run = experiment.data.train, experiment.run
@@ -128,17 +129,51 @@ def setup(experiment: Experiment, devices: Sequence[Any] | None = None) -> Setup
     """
     run = experiment.run
     mesh = sharding.make_mesh(run.mesh, run.dcn, devices)
+    sharding.batch_part(mesh)  # Raises where processes would share some rows.
+    if run.offload == 'optimizer':
+        offload.check(mesh)
+    return placed(experiment, mesh)
+
+
+def _on(mesh: jax.sharding.Mesh) -> AbstractContextManager[Any]:
+    """Sets a mesh, which may have no devices."""
+    if isinstance(mesh, jax.sharding.AbstractMesh):
+        return jax.sharding.use_abstract_mesh(mesh)
+    return jax.set_mesh(mesh)
+
+
+def shapes(experiment: Experiment, mesh: jax.sharding.Mesh) -> TrainState:
+    """Returns the state's shapes and types; raises UsageError where the model refuses the mesh."""
+    with _on(mesh):
+        if context.context_size() > 1 and not experiment.task.splits_positions:
+            raise context.refusal()
+        return jax.eval_shape(make_init(experiment.task, experiment.optimizer, experiment.run.seed))
+
+
+def placed(
+    experiment: Experiment, mesh: jax.sharding.Mesh, abstract: TrainState | None = None
+) -> Setup:
+    """Returns what `setup` does for a mesh, whose sizes alone count: one without devices will do.
+
+    Args:
+      experiment: what is to run.
+      mesh: where.
+      abstract: what `shapes` gives, where that is known.
+
+    Raises:
+      UsageError: as `setup`, of all that the devices themselves do not tell.
+    """
+    run = experiment.run
     sharding.check_batch('batch', run.batch, mesh, accumulate=run.accumulate)
     sharding.check_batch('eval_batch', run.eval_batch or run.batch, mesh)
     if run.deterministic:
         deterministic.check(run, mesh)
-    sharding.batch_part(mesh)  # Raises where processes would share some rows.
-    with jax.set_mesh(mesh):  # Models say what does not fit it.
-        if context.context_size() > 1 and not experiment.task.splits_positions:
-            raise context.refusal()
-        abstract = jax.eval_shape(make_init(experiment.task, experiment.optimizer, run.seed))
-    placed = sharding.state_shardings(abstract, experiment.rules, mesh)
+    if experiment.strategy:
+        experiment.strategy.check(mesh.shape)
+    if abstract is None:
+        abstract = shapes(experiment, mesh)
+    shardings = sharding.state_shardings(abstract, experiment.rules, mesh)
     if run.offload == 'optimizer':
-        offload.check(mesh)
-        placed = placed._replace(opt_state=offload.on_host(placed.opt_state, abstract.opt_state))
-    return Setup(mesh, abstract, placed)
+        on_host = offload.on_host(shardings.opt_state, abstract.opt_state)
+        shardings = shardings._replace(opt_state=on_host)
+    return Setup(mesh, abstract, shardings)

@@ -76,6 +76,7 @@ def experiment(
         text=text,
         routing=routing,
         lora=lora,
+        strategy=strategy,
         run=run,
         optim=optim,
         sample=sample,

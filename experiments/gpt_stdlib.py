@@ -79,6 +79,7 @@ def experiment(
         seq=seq,
         forward_flops=flops,
         rules=gpt.RULES,
+        strategy=strategy,
         run=run,
         optim=optim,
         sample=sample,

@@ -94,14 +94,14 @@ def experiment(
         routing=routing,
         **shape,
     )
-    flops = llama.forward_flops(length=text.seq, routing=routing, **shape)
     return language_model(
         model,
         text.open(run.data_dir),
         seq=text.seq,
         z_loss=text.z_loss,
-        forward_flops=flops,
+        forward_flops=llama.forward_flops(length=text.seq, routing=routing, **shape),
         rules=llama.RULES,
+        strategy=strategy,
         run=run,
         optim=optim,
         sample=sample,

@@ -55,7 +55,7 @@ def losses(name: str = 'llama', *, devices: int | None = None, **knobs: Any) -> 
     with jax.set_mesh(plan.mesh):
         state = first_state(made, plan)
         if knobs.get('scan'):
-            layers = stack_layers(_first_parameters(name, **knobs | {'scan': False}))
+            layers = stack_layers(_first_parameters(name, **knobs))
             state = state._replace(params=jax.device_put(layers, plan.shardings.params))
         dataset = pipeline.train_batches(made.data.train, batch=run.batch, seed=run.seed)
         placed = sharding.batch_sharding(plan.mesh, stacked=True)
@@ -79,8 +79,8 @@ def losses(name: str = 'llama', *, devices: int | None = None, **knobs: Any) -> 
 
 
 def _first_parameters(name: str, **knobs: Any) -> Any:
-    """Returns the parameters that one device starts with."""
-    made = load(name, **knobs | {'mesh': '', 'dcn': ''})
+    """Returns the parameters that one device starts with, in layers that are not scanned."""
+    made = load(name, **{knob: value for knob, value in knobs.items() if knob not in HOW})
     plan = setup(made, jax.devices()[:1])
     with jax.set_mesh(plan.mesh):
         return jax.device_get(first_state(made, plan).params)

@@ -177,6 +177,10 @@ def test_the_base_is_read_and_merged_weights_are_written(params, tmp_path):
     ('build', 'message'),
     [
         (lambda: LoRA(rank=-1), '--rank=-1: must not be negative; try --rank=8'),
+        (
+            lambda: LoRA(alpha=32.0),
+            '--alpha=32.0: is of adapters, and --rank=0 is none; try --alpha=16.0',
+        ),
         (lambda: LoRA(alpha=0.0), '--alpha=0.0: must be above 0 and finite; try --alpha=16'),
         (
             lambda: LoRA(adapt='('),

@@ -160,6 +160,15 @@ def test_slices_lie_along_the_axis_asked_for(text, dcn, slices, split):
     np.testing.assert_array_equal(lines[:, 0], np.repeat(np.arange(count), len(lines) // count))
 
 
+def test_processes_of_one_slice_of_tpus_are_no_slices():
+    one = [dataclasses.replace(device, platform='tpu') for device in devices(4, 2)]
+    with pytest.raises(UsageError) as error:
+        mesh.make_mesh('data=4,tensor=2', 'data=4', one)
+    assert str(error.value) == (
+        '--dcn=data=4: the sizes must multiply to the number of slices, 1; try --dcn='
+    )
+
+
 # ---- Rows that a process reads ----
 
 

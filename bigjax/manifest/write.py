@@ -9,7 +9,7 @@ from bigjax.identity import identity
 from bigjax.manifest import gke, slurm, tpu_vm
 from bigjax.manifest.job import Job, short
 from bigjax.manifest.options import ManifestOptions
-from bigjax.mesh import parse_dcn, parse_mesh
+from bigjax.mesh import parse_mesh
 from bigjax.plan.topology import parse
 
 
@@ -39,8 +39,7 @@ def write(
     machine = parse(topology)
     run = identity(experiment_name, experiments.find(experiment_name), values)
     sizes = parse_mesh(run.knobs['mesh'], machine.devices)
-    if machine.hardware.is_tpu and machine.slices > 1:
-        parse_dcn(run.knobs['dcn'], sizes, machine.slices)
+    machine.between(run.knobs['dcn'], sizes)
     name = options.job or short(experiment_name)
     job = Job(run, machine, name, workdir.name, options.restarts)
     if options.target == 'slurm':

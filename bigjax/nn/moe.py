@@ -19,7 +19,7 @@ import numpy as np
 
 from bigjax.nn.constrain import both_ways, constrain
 from bigjax.nn.context import context_size, sequence_order
-from bigjax.run import UsageError
+from bigjax.run import UsageError, need
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +56,10 @@ class Routing:
         ):
             if not ok:
                 raise UsageError(f'--{name}={getattr(self, name)}: {rule}; try --{name}={good}')
+        rule = 'is of a mixture of experts, and --experts=0 is none'
+        for field in () if self.experts else dataclasses.fields(self)[1:]:
+            given = getattr(self, field.name) != field.default
+            need(not given, self, field.name, rule, field.default)
 
     def capacity(self, tokens: int) -> int:
         """Returns S, the slots that each expert has for one row of so many tokens."""

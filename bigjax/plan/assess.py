@@ -1,6 +1,7 @@
 """One configuration on one machine: what arithmetic, and then the compiler, say of it."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 
 from bigjax.experiment import Experiment
 from bigjax.models.decoder import DecoderLM
-from bigjax.plan.arithmetic.closed_form import closed_form, optimizer_slots
+from bigjax.plan.arithmetic.closed_form import closed_form, shapes_on
 from bigjax.plan.options import PlanOptions
 from bigjax.plan.program.compiled import (
     Compiled,
@@ -26,6 +27,10 @@ from bigjax.plan.records import ClosedForm, Memory, Walk
 from bigjax.plan.topology import Topology
 from bigjax.plan.trust import UNKNOWN, closed_error
 from bigjax.run import UsageError
+from bigjax.state import TrainState
+
+# Knobs of which neither the arrays of a state depend nor what a model refuses on a mesh.
+UNTRACED = ('batch', 'remat', 'accumulate', 'offload')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,7 +42,6 @@ class Assessment:
       values: its knobs that are given.
       topology: the machine.
       closed: what arithmetic says.
-      slots: copies of the parameters that a decoder's optimizer keeps.
       compiled: what the compiler made; None where nothing was compiled.
       walk: what the program says of its step; None where there is none.
       memory: by category; of a program that does not fit, as far as that is known.
@@ -48,7 +52,6 @@ class Assessment:
     values: Mapping[str, Any]
     topology: Topology
     closed: ClosedForm
-    slots: float | None = None
     compiled: Compiled | None = None
     walk: Walk | None = None
     memory: Memory
@@ -94,34 +97,35 @@ class Assessment:
         return self.experiment.run.batch * self.experiment.task.units_per_example
 
 
-def by_closed_form(
-    name: str, values: Mapping[str, Any], topology: Topology, slots: float | None = None
-) -> Assessment:
+def by_closed_form(name: str, values: Mapping[str, Any], topology: Topology) -> Assessment:
     """Returns what arithmetic says of a configuration.
 
     Args:
       name: of the experiment.
       values: its knobs.
       topology: the machine.
-      slots: as of `bigjax.plan.arithmetic.closed_form.closed_form`.
 
     Raises:
       UsageError: it does not fit the machine.
     """
     _check_kernels(values, topology)
     experiment = without_data(name, values)
-    if slots is None and isinstance(experiment.model, DecoderLM):
-        slots = optimizer_slots(experiment)
-    closed = closed_form(experiment, topology, slots)
+    traced = frozenset((k, v) for k, v in values.items() if k not in UNTRACED)
+    closed = closed_form(experiment, topology, _shapes(name, traced, topology))
     return Assessment(
         experiment=experiment,
         values=values,
         topology=topology,
         closed=closed,
-        slots=slots,
         memory=closed.memory,
         notes=closed.notes,
     )
+
+
+@functools.lru_cache(maxsize=64)
+def _shapes(name: str, values: frozenset[tuple[str, Any]], topology: Topology) -> TrainState:
+    """Shapes of the state, which is most of what arithmetic costs: the same for many candidates."""
+    return shapes_on(without_data(name, dict(values)), topology)
 
 
 def _check_kernels(values: Mapping[str, Any], topology: Topology) -> None:

@@ -26,7 +26,7 @@ def closed(
     """Returns what arithmetic says of some knobs changed, or None if they do not fit together."""
     values = {**found.values, **change}
     try:
-        return by_closed_form(name, values, topology or found.topology, found.slots)
+        return by_closed_form(name, values, topology or found.topology)
     except UsageError:
         return None
 
@@ -58,6 +58,13 @@ def shards(mesh: str, topology: Topology) -> int:
     return math.prod(sizes[axis] for axis in BATCH_AXES)
 
 
+def on_mesh(mesh: str, found: Assessment, topology: Topology | None = None) -> Change:
+    """Returns the change to a mesh, and of knobs that would do nothing on it to their defaults."""
+    strategy = found.experiment.strategy
+    sizes = parse_mesh(mesh, (topology or found.topology).devices)
+    return {'mesh': mesh, **(strategy.idle(sizes) if strategy else {})}
+
+
 def knobs_of(name: str) -> set[str]:
     """Returns the names of an experiment's knobs."""
     return set(experiments.knobs(experiments.find(name)))
@@ -73,7 +80,7 @@ def smaller(name: str, found: Assessment) -> Iterator[Change]:
         below = REMATS[REMATS.index(remat_now) + 1 :] if remat_now in REMATS else ('full',)
         remats = [{'remat': remat} for remat in below]
     sizes = parse_mesh(mesh_now, found.topology.devices)
-    others = [{'mesh': m} for m in meshes(found) if _differs(m, sizes, found.topology)]
+    others = [on_mesh(m, found) for m in meshes(found) if _differs(m, sizes, found.topology)]
     accumulated = [
         {'accumulate': times}
         for times in _doubled(run.accumulate)
@@ -133,6 +140,7 @@ def every(name: str, found: Assessment) -> Iterator[Change]:
         rows = shards(mesh, found.topology) * run.accumulate
         sizes = {run.batch, run.batch // 2, run.batch * 2}
         batches = sorted({max(1, round(size / rows)) * rows for size in sizes}, reverse=True)
+        change = on_mesh(mesh, found)
         for batch in batches:
             for remat in remats:
-                yield {'mesh': mesh, 'batch': batch, **({'remat': remat} if remat else {})}
+                yield {**change, 'batch': batch, **({'remat': remat} if remat else {})}

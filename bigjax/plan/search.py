@@ -12,6 +12,10 @@ from bigjax.plan.options import PlanOptions
 from bigjax.plan.summary import candidate
 from bigjax.run import UsageError
 
+LIMIT = 1.1  # The closed form's memory may be that much too large.
+
+Guess = tuple[Change, Assessment]
+
 
 def search(
     name: str,
@@ -23,7 +27,8 @@ def search(
     """Returns what was tried, the most tokens per second first, what does not fit last.
 
     Arithmetic looks at every combination; the compiler at the most promising, at the one asked for,
-    and at some that should be bad, so that the order can be seen to mean something. What was
+    and at some that should be bad, so that the order can be seen to mean something. Where one that
+    should fit does not, which the compiler says soon, its mesh is tried with less memory. What was
     compiled before is not compiled again: an interrupted search goes on.
 
     Args:
@@ -33,20 +38,23 @@ def search(
       options: how many tries, and with which flags.
       kept: folder of what was compiled before.
     """
-    guessed: list[tuple[Change, Assessment]] = []
+    guessed: list[Guess] = []
     changes = list(every(name, found))
     for change in tqdm(changes, desc='arithmetic', unit='way', leave=False):
         if guess := closed(name, found, change):
             guessed.append((change, guess))
     rows, asked = [], _asked(changes, found)
-    tried = chosen(guessed, options.tries)
-    more = [change for change in asked if change not in tried]
-    for change in tqdm([*tried, *more], desc='compiling', unit='way'):
+    picked = chosen(guessed, options.tries)
+    tried = [*picked, *(change for change in asked if change not in picked)]
+    for change in (bar := tqdm(tried, desc='compiling', unit='way')):
         try:
             way = assess(name, {**values, **change}, found.topology, options, kept)
         except UsageError:
             continue
         rows.append({**candidate(way, change), 'asked': change in asked})
+        smaller = [] if way.fits else instead(change, guessed, tried)
+        tried += smaller  # The loop goes on with it.
+        bar.total += len(smaller)
     rows.sort(key=lambda row: (not row['fits'], -(row['tokens_per_second'] or 0.0)))
     return rows
 
@@ -58,28 +66,51 @@ def _asked(changes: list[Change], found: Assessment) -> list[Change]:
     return [c for c in same if c.get('remat') in (found.values.get('remat', 'none'), None)][:1]
 
 
-def chosen(guessed: list[tuple[Change, Assessment]], tries: int) -> list[Change]:
+def instead(missed: Change, guessed: list[Guess], tried: list[Change]) -> list[Change]:
+    """Returns what to try for one that does not fit: its mesh's fastest way with less memory.
+
+    Args:
+      missed: what did not fit. If it was never thought to, nothing is tried for it.
+      guessed: changes and what arithmetic says of them.
+      tried: what is tried already.
+    """
+    thought = next((guess for guess in guessed if guess[0] == missed), None)
+    if thought is None or not _likely(thought):
+        return []
+    less = [
+        (change, way)
+        for change, way in guessed
+        if way.memory.total < thought[1].memory.total
+        and change['mesh'] == missed['mesh']
+        and change not in tried
+    ]
+    return [change for change, _ in sorted(less, key=_speed)[:1]]
+
+
+def _speed(guess: Guess) -> float:
+    """Seconds of one token by arithmetic."""
+    way = guess[1]
+    return way.closed.predicted_seconds / way.tokens_per_step
+
+
+def _likely(guess: Guess) -> bool:
+    way = guess[1]
+    return way.memory.total <= LIMIT * way.topology.hardware.hbm_bytes
+
+
+def chosen(guessed: list[Guess], tries: int) -> list[Change]:
     """Returns the most promising by arithmetic, one of each mesh first, and the worst of the rest.
 
     Args:
       guessed: changes and what arithmetic says of them.
       tries: how many to return at most.
     """
-
-    def speed(pair: tuple[Change, Assessment]) -> float:
-        way = pair[1]
-        return way.closed.predicted_seconds / way.tokens_per_step
-
-    limit = 1.1  # the closed form may be that much too large
-    fitting = [g for g in guessed if g[1].memory.total <= limit * g[1].topology.hardware.hbm_bytes]
-    ranked = sorted(fitting, key=speed)
-    rest = sorted((g for g in guessed if g not in fitting), key=lambda g: g[1].memory.total)
+    ranked = sorted(filter(_likely, guessed), key=_speed)
+    rest = sorted((g for g in guessed if not _likely(g)), key=lambda g: g[1].memory.total)
     bad = max(2, tries // 4)
     picked: list[Change] = []
 
-    def pick(
-        pairs: list[tuple[Change, Assessment]], most: int, seen: set[Any] | None = None
-    ) -> None:
+    def pick(pairs: list[Guess], most: int, seen: set[Any] | None = None) -> None:
         """Takes from the front until there are so many, of meshes that are not in `seen`."""
         for change, _ in pairs:
             if len(picked) >= most:

@@ -9,7 +9,9 @@ import functools
 import itertools
 import math
 import re
+from collections.abc import Mapping
 
+from bigjax.mesh import parse_dcn
 from bigjax.plan.hardware import HARDWARE, Hardware
 from bigjax.run import UsageError
 
@@ -65,6 +67,14 @@ class Topology:
         if self.hardware.dimensions == 3:
             return (all(side % CUBE == 0 for side in self.shape),) * 3
         return tuple(side == 16 for side in self.shape)
+
+    def between(self, dcn: str, sizes: Mapping[str, int]) -> dict[str, int]:
+        """Returns what --dcn says of a mesh of these sizes, see `bigjax.mesh.parse_dcn`.
+
+        Which hosts of GPUs an axis spans is in the order of the mesh: of them it is only checked.
+        """
+        parts = parse_dcn(dcn, sizes, self.slices) if self.hardware.is_tpu or dcn else {}
+        return parts if self.hardware.is_tpu else {}
 
     @property
     def name(self) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 from tqdm import tqdm
 
 from bigjax.plan.assess import Assessment, assess
-from bigjax.plan.candidates import Change, closed, smaller
+from bigjax.plan.candidates import Change, closed, on_mesh, smaller
 from bigjax.plan.hardware import HARDWARE, Hardware
 from bigjax.plan.options import PlanOptions
 from bigjax.plan.summary import as_flags, spread
@@ -101,13 +101,16 @@ def larger(name: str, found: Assessment) -> str:
 def _holds(name: str, found: Assessment, machines: Sequence[Topology]) -> str:
     """The flags with which the first of some machines holds it by arithmetic; '' if none does."""
     run = found.experiment.run
+    # What is of this machine, and may not be of a larger one.
+    reset = {'accumulate': 1, 'dcn': '', 'eval_batch': 0}
+    reset = {knob: value for knob, value in reset.items() if getattr(run, knob) != value}
     for topology in machines:
         devices = topology.devices
         batch = max(1, round(run.batch / devices)) * devices
-        change: Change = {'mesh': f'fsdp={devices}', 'batch': batch}
+        change = {**reset, **on_mesh(f'fsdp={devices}', found, topology), 'batch': batch}
         if 'remat' in found.values or hasattr(found.experiment.model, 'remat'):
             change['remat'] = 'full'
-        guess = closed(name, found, {'accumulate': 1, 'dcn': '', **change}, topology)
+        guess = closed(name, found, change, topology)
         if guess and guess.closed.memory.total <= topology.hardware.hbm_bytes:
             return f'--topology={topology.name} {as_flags(change)}'
     return ''

@@ -167,6 +167,8 @@ def test_capacity_and_flops():
         ),
         ({'capacity_factor': 0.0}, '--capacity_factor=0.0: must be above 0; try '
          '--capacity_factor=1.25'),
+        ({'capacity_factor': 2.0}, '--capacity_factor=2.0: is of a mixture of experts, and '
+         '--experts=0 is none; try --capacity_factor=1.25'),
         ({'experts': -1}, '--experts=-1: must not be negative; try --experts=8'),
     ],
 )  # fmt: skip

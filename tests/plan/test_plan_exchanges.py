@@ -37,7 +37,7 @@ def check(sent: dict[str, float], closed) -> None:
 
 @pytest.mark.parametrize('row', PROGRAMS, ids=name)
 def test_a_program_does_what_arithmetic_says(row):
-    closed = by_closed_form('llama', row['values'], parse(row['topology']), slots=2.0).closed
+    closed = by_closed_form('llama', row['values'], parse(row['topology'])).closed
     assert closed.executed_flops == pytest.approx(row['flops'], rel=1e-3)
     check(row['bytes'], closed)
 

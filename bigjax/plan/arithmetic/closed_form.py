@@ -1,28 +1,29 @@
 """The plan by arithmetic alone: nothing is compiled or allocated, and no libtpu is needed."""
 
+import dataclasses
 from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh, Mesh
+from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from bigjax import sharding
 from bigjax.experiment import Experiment
-from bigjax.mesh import AXES, parse_dcn, parse_mesh
+from bigjax.mesh import AXES, parse_mesh
 from bigjax.models.decoder import DecoderLM
 from bigjax.plan.arithmetic import closed_flops as flops
 from bigjax.plan.arithmetic.closed_collectives import collectives
 from bigjax.plan.arithmetic.closed_memory import PROGRAM, memory
 from bigjax.plan.arithmetic.roofline import efficiency, roofline
-from bigjax.plan.arithmetic.shape import STAGE, Shape, Step, policy, shape_of
+from bigjax.plan.arithmetic.shape import Shape, Step, policy, shape_of
 from bigjax.plan.arithmetic.traced import gradient_flops
 from bigjax.plan.records import CATEGORIES, ClosedForm, Memory
 from bigjax.plan.topology import Topology
-from bigjax.state import make_init
+from bigjax.state import Setup, TrainState, check_pipeline, placed, shapes
 
 
 def closed_form(
-    experiment: Experiment, topology: Topology, slots: float | None = None
+    experiment: Experiment, topology: Topology, abstract: TrainState | None = None
 ) -> ClosedForm:
     """Returns what a step of an experiment takes on a machine.
 
@@ -32,28 +33,26 @@ def closed_form(
     Args:
       experiment: what is to run.
       topology: the machine.
-      slots: what `optimizer_slots` says of it, where that is known: it takes most of the time.
+      abstract: what `shapes_on` gives, where that is known: it takes most of the time.
 
     Raises:
-      UsageError: the mesh does not fit the machine, the batch or the model.
+      UsageError: all that a run there would refuse before it compiles.
     """
-    run = experiment.run
-    mesh = parse_mesh(run.mesh, topology.devices)
-    # Checks and shardings ask a mesh for no more than its sizes.
-    devices = cast(Mesh, AbstractMesh(tuple(mesh.values()), AXES))
-    sharding.check_batch('batch', run.batch, devices, accumulate=run.accumulate)
-    slices = topology.slices if topology.hardware.is_tpu else 1
-    dcn = parse_dcn(run.dcn, mesh, slices) if slices > 1 else {}
+    run, devices = experiment.run, _mesh(experiment, topology)
+    dcn = topology.between(run.dcn, devices.shape)
+    if abstract is None:
+        abstract = shapes_on(experiment, topology)
+    plan = placed(experiment, devices, abstract)
+    check_pipeline(experiment, plan)
     model = experiment.model
     if not isinstance(model, DecoderLM):
-        return _of_state(experiment, topology, devices)
-    _check_model(experiment, devices)
+        return _of_state(experiment, topology, plan)
     experts = bool(model.routing.experts)
     saved, offloaded = policy(model.remat, experts=experts)
     step = Step(
         batch=run.batch,
         length=experiment.task.units_per_example,
-        mesh=mesh,
+        mesh=devices.shape,
         dcn=dcn,
         topology=topology,
         item=jnp.dtype(model.dtype).itemsize,
@@ -65,7 +64,7 @@ def closed_form(
         context=model.context,
         matmul=model.matmul,
         attention=_attention(model),
-        slots=optimizer_slots(experiment) if slots is None else slots,
+        slots=_bytes(abstract.opt_state) / _bytes(abstract.params),
         offload=run.offload == 'optimizer',
     )
     return of_step(shape_of(model), step)
@@ -99,13 +98,24 @@ def of_step(shape: Shape, step: Step, share: float | None = None) -> ClosedForm:
     )
 
 
-def optimizer_slots(experiment: Experiment) -> float:
-    """Returns the bytes of the optimizer's state as a multiple of the parameters', by one layer."""
-    model = experiment.model.clone(depth=1)
-    tokens = jnp.zeros((1, 1), jnp.int32)
-    params = jax.eval_shape(model.init, jax.random.key(0), tokens)['params']
-    state = jax.eval_shape(experiment.optimizer.init, params)
-    return _bytes(state) / _bytes(params)
+def shapes_on(experiment: Experiment, topology: Topology) -> TrainState:
+    """Returns `bigjax.state.shapes` on a machine; of layers that are not scanned, those of one.
+
+    The others of a decoder are like it, and every one takes as long to trace.
+    """
+    model, task = experiment.model, experiment.task
+    if isinstance(model, DecoderLM) and not model.scan:
+        tokens, one = jnp.zeros((1, task.units_per_example), jnp.int32), model.clone(depth=1)
+        task = task._replace(init=lambda key: dict(one.init(key, tokens)))
+        experiment = dataclasses.replace(experiment, task=task)
+    return shapes(experiment, _mesh(experiment, topology))
+
+
+def _mesh(experiment: Experiment, topology: Topology) -> Mesh:
+    """Returns the sizes of the mesh: checks and shardings ask it for no more."""
+    sizes = parse_mesh(experiment.run.mesh, topology.devices)
+    auto = (AxisType.Auto,) * len(AXES)
+    return cast(Mesh, AbstractMesh(tuple(sizes.values()), AXES, axis_types=auto))
 
 
 def _attention(model: Any) -> str:
@@ -119,36 +129,23 @@ def _bytes(tree: Any) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
-def _check_model(experiment: Experiment, devices: Mesh) -> None:
-    """Raises UsageError where the mesh does not divide a decoder, which few of its layers tell."""
-    model, stages = experiment.model, devices.shape[STAGE]
-    model = model if model.depth % stages else model.clone(depth=stages)
-    tokens = jnp.zeros((1, 1), jnp.int32)
-    params = jax.eval_shape(model.init, jax.random.key(0), tokens)['params']
-    shapes = {
-        sharding.path_string(path): leaf.shape
-        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
-    }
-    sharding.parameter_specs(shapes, experiment.rules, devices)
-
-
-def _of_state(experiment: Experiment, topology: Topology, devices: Mesh) -> ClosedForm:
+def _of_state(experiment: Experiment, topology: Topology, plan: Setup) -> ClosedForm:
     """What is known of any experiment: its gradient's operations, and the memory of its state."""
     run, task = experiment.run, experiment.task
-    abstract = jax.eval_shape(make_init(task, experiment.optimizer, run.seed))
-    placed = sharding.state_shardings(abstract, experiment.rules, devices)
-    parameters = sharding.bytes_per_device(abstract.params, placed.params)
-    optimizer = sharding.bytes_per_device(abstract.opt_state, placed.opt_state)
+    abstract = plan.abstract
+    where = sharding.state_shardings(abstract, experiment.rules, plan.mesh)
+    parameters = sharding.bytes_per_device(abstract.params, where.params)
+    optimizer = sharding.bytes_per_device(abstract.opt_state, where.opt_state)
     away = run.offload == 'optimizer'
     held = dict.fromkeys(CATEGORIES, 0) | {
         'parameters': parameters,
         'optimizer': 0 if away else optimizer,
         'gradients': parameters * (2 if run.accumulate > 1 else 1),
-        'other': sharding.bytes_per_device(abstract.extra, placed.extra),
+        'other': sharding.bytes_per_device(abstract.extra, where.extra),
         'program': PROGRAM,
     }
     total = float(task.flops_per_example * run.batch)
-    sizes = tuple(devices.shape[axis] for axis in AXES)
+    sizes = tuple(plan.mesh.shape[axis] for axis in AXES)
     executed = gradient_flops(experiment, topology.hardware, sizes) / topology.devices
     hardware = topology.hardware
     state = 6 * parameters + 2 * optimizer

@@ -282,6 +282,8 @@ def test_a_pipeline_hands_microbatches_on():
     found = sent(SHAPE, how, 'stage')
     # Two rounds: 4 * 2 + 1 steps, and as many for the gradients.
     assert found['collective-permute', 'activations'] == 2 * 9 * stream
+    # Every stage is given the whole batch; what it gives back is summed over both.
+    assert found['all-reduce', 'activations'] == 2 * 1 / 2 * 4 * stream
     straight = dataclasses.replace(how, microbatches=3)
     assert ('all-to-all', 'parameters') not in sent(SHAPE, straight, 'stage')
 

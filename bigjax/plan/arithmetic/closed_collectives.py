@@ -262,11 +262,18 @@ def _experts(shape: Shape, step: Step) -> Iterable[Collective]:
 
 
 def _pipeline(shape: Shape, step: Step) -> Iterable[Collective]:
-    """Every microbatch handed to the next stage, and its gradient back; layers to their stages."""
+    """Every microbatch handed to the next stage, and its gradient back; layers to their stages.
+
+    Every stage holds the batch that comes in (`bigjax.nn.pipeline`), so its gradient is summed over
+    them all, though only the first has one. How the last stage's output is handed on to those that
+    compute the output layer is not counted.
+    """
     stream = step.tokens / step.parts * shape.width * step.item / step.size(TENSOR)
     rounds = step.rounds(shape.layers)
     count = 2 * (step.parts * rounds + step.stages - 1) * step.accumulate
     yield from _exchange(step, PASS, (STAGE,), stream, count, 'activations')
+    batch = stream * step.parts
+    yield from _exchange(step, REDUCE, (STAGE,), batch, step.accumulate, 'activations')
     if rounds > 1:
         layered = dataclasses.replace(shape, vocab=0, positions=0)
         held = parameter_bytes(layered, step)

@@ -5,6 +5,7 @@ columns, C input channels, O output channels, N blocks of 128 of them, z lanes o
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,6 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.conv.arguments import ConvBlockSizes, Operands, Spec
 from pallas_kernels.conv.tpu import layout
-from pallas_kernels.conv.tpu.depthwise_bands import words
 from pallas_kernels.conv.tpu.depthwise_choice import laid_out, plan, vmem_bytes
 from pallas_kernels.conv.tpu.depthwise_kernel import Epilogue, forward_kernel
 from pallas_kernels.conv.tpu.depthwise_plan import Axis, Plan
@@ -152,10 +152,9 @@ def _convolve(
     made = plan(axes, (B, C), dtype, chip, block_sizes, arrays)
     made = laid_out(made) if compiled else made
     epilogue = Epilogue(tuple(vectors or ()), activation)
-    weights = words(layout.pad_last(w_KLC.astype(dtype), C))
-    column = pl.BlockSpec(
-        (weights.shape[0], LANES), lambda core, step: (0, made.block(core, step - 1)[0])
-    )
+    weights = layout.pad_last(w_KLC.astype(dtype), C)
+    (K, L, _), rows = weights.shape, layout.up(math.prod(weights.shape[:2]), WORDS)
+    column = pl.BlockSpec((K, L, LANES), lambda core, step: (0, 0, made.block(core, step - 1)[0]))
     inputs = {'x': (layout.turn(x_BHWC, B, C), _in_spec(made)), 'w': (weights, column)}
     if vectors:
         lanes = _lanes(vectors, made)
@@ -175,7 +174,8 @@ def _convolve(
         f'tiles_{name}_{k}': pltpu.VMEM(size, dtype) for name, size in tiles.items() for k in (0, 1)
     }
     scratch |= {
-        'spread': pltpu.VMEM((made.n, weights.shape[0], LANES), jnp.uint32),
+        'words': pltpu.VMEM((rows, LANES), jnp.uint32),
+        'spread': pltpu.VMEM((made.n, rows, LANES), jnp.uint32),
         'expanded': pltpu.VMEM((made.n, *made.bands, made.side, made.side), dtype),
     }
     values, specs = zip(*inputs.values(), strict=True)

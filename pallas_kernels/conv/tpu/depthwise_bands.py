@@ -22,14 +22,14 @@ ROW = 1 << 16  # of a code of rows and columns: more than columns count
 NOWHERE = 1 << 30
 
 
-def words(w_KLC: jax.Array) -> jax.Array:
-    """Returns the weights [K L, C] as words, each all copies of one weight; rows are filled up."""
-    K, L, C = w_KLC.shape
-    if w_KLC.dtype.itemsize == 4:
-        found = jax.lax.bitcast_convert_type(w_KLC, jnp.uint32)
-    else:
-        found = jax.lax.bitcast_convert_type(w_KLC, jnp.uint16).astype(jnp.uint32) * 0x10001
-    return jnp.pad(found.reshape(K * L, C), ((0, -K * L % WORDS), (0, 0)))
+def words(words_ref: Any, w_ref: Any) -> None:
+    """Writes a kernel's weights [K, L, 128] as words [K L, 128], each all copies of one weight."""
+    K, L, _ = w_ref.shape
+    for k in range(K):
+        found = jax.lax.bitcast_convert_type(w_ref[k].astype(jnp.float32), jnp.uint32)
+        if w_ref.dtype.itemsize == 2:
+            found |= found >> 16
+        words_ref[pl.ds(k * L, L)] = found
 
 
 def spread(plan: Plan, spread_ref: Any, words_ref: Any) -> None:

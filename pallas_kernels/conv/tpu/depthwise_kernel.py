@@ -18,7 +18,7 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels.conv.epilogue import finish
 from pallas_kernels.conv.tpu import depthwise_tiles as tiles
-from pallas_kernels.conv.tpu.depthwise_bands import expand, spread
+from pallas_kernels.conv.tpu.depthwise_bands import expand, spread, words
 from pallas_kernels.conv.tpu.depthwise_plan import Plan
 from pallas_kernels.conv.tpu.layout import LANES
 
@@ -48,7 +48,8 @@ def forward_kernel(plan: Plan, epilogue: Epilogue, names: list[str], *refs: Any)
 
     @pl.when((step == 1) | ((step > 1) & (channels != before)))
     def _():
-        spread(plan, named['spread'], named['w'])
+        words(named['words'], named['w'])
+        spread(plan, named['spread'], named['words'])
         expand(plan, named['expanded'], named['spread'])
 
     for parity in range(2):

@@ -49,6 +49,18 @@ CASES = {
         Spec((1, 1), ((1, 1), (1, 1)), (1, 1), 130),
         ConvBlockSizes(rows=4, cols=6),
     ),
+    # Of rows alone, each of which needs three tiles of the one above.
+    'rows': (
+        ((10, 9), (7, 3), (8, 8), 'float32'),
+        Spec((1, 1), ((3, 3), (1, 1)), (1, 1), 8),
+        ConvBlockSizes(rows=4),
+    ),
+    # One block, whose first and last tiles are padding.
+    'padding': (
+        ((4, 5), (7, 5), (8, 8), 'bfloat16'),
+        Spec((1, 1), ((3, 3), (2, 2)), (1, 1), 8),
+        None,
+    ),
     'strided_multiplier': (
         ((5, 9), (2, 3), (4, 8), 'float32'),
         Spec((2, 3), ((2, 1), (0, 2)), (2, 1), 4, 'silu'),
@@ -58,7 +70,10 @@ CASES = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(('chip', 'name'), [('v5e', 'blocks'), ('v6e', 'strided_multiplier')])
+@pytest.mark.parametrize(
+    ('chip', 'name'),
+    [('v5e', 'blocks'), ('v6e', 'rows'), ('v6e', 'padding'), ('v6e', 'strided_multiplier')],
+)
 def test_passes(chip, name, monkeypatch):
     # Kernels are interpreted as they are laid out for a chip, as its matrix unit is wide.
     monkeypatch.setattr(layout, 'target', lambda: (CHIPS[chip], False))

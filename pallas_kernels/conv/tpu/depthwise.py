@@ -14,7 +14,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.conv.arguments import ConvBlockSizes, Operands, Spec
 from pallas_kernels.conv.tpu import layout
-from pallas_kernels.conv.tpu.depthwise_choice import laid_out, plan, vmem_bytes
+from pallas_kernels.conv.tpu.depthwise_choice import AT_ONCE_WEIGHT, laid_out, plan, vmem_bytes
 from pallas_kernels.conv.tpu.depthwise_kernel import Epilogue, forward_kernel
 from pallas_kernels.conv.tpu.depthwise_plan import Axis, Plan
 from pallas_kernels.conv.tpu.depthwise_tiles import WORDS
@@ -98,40 +98,52 @@ def weight_gradient(
     chip, compiled = layout.target()
     B, C = _padded(x_BHWO)
     made = plan(axes, (B, C), dtype, chip, block_sizes, 1)
-    made = laid_out(made) if compiled else made
+    made = laid_out(made, AT_ONCE_WEIGHT) if compiled else made
     x_HWBO, du_PQBO = layout.turn(x_BHWO, B, C), layout.turn(du_BPQO.astype(dtype), B, C)
-    rows, blocks = layout.up(K * L, WORDS), C // LANES
     tiles = [pltpu.VMEM(made.tiles_in, dtype)] * 2 + [pltpu.VMEM(made.tiles_out, dtype)] * 2
-    bands = made.n, made.T, made.U, made.side, made.side
+    sums, taps = (made.n, made.T, made.U, made.side, made.side), (2, layout.up(K * L, WORDS), LANES)
+    inputs = {'x': (x_HWBO, _in_spec(made)), 'du': (du_PQBO, _out_spec(made, 0))}
+    if made.carried:
+        inputs['head'] = x_HWBO, _head_spec(made)
+    values, specs = zip(*inputs.values(), strict=True)
+    kept = jnp.float32 if made.cores > 1 else operands.w_KLDO.dtype
     dw = pl.pallas_call(
-        functools.partial(weight_kernel, made),
+        functools.partial(weight_kernel, made, [*inputs, 'dw']),
         grid=(made.cores, made.per_core + 1),
-        in_specs=[_in_spec(made), _out_spec(made, 0)],
+        in_specs=specs,
         out_specs=pl.BlockSpec(
-            (1, 1, rows, LANES), lambda core, step: (core, made.block(core, step - 1)[0], 0, 0)
+            (1, K, L, LANES), lambda core, step: (core, 0, 0, made.block(core, step - 1)[0])
         ),
-        out_shape=result((made.cores, blocks, rows, LANES), jnp.float32, (x_HWBO, du_PQBO)),
+        out_shape=result((made.cores, K, L, C), kept, values),
         scratch_shapes=[
             *tiles,
-            pltpu.VMEM(bands, jnp.float32),
-            pltpu.VMEM((rows, LANES), jnp.float32),
+            pltpu.VMEM(sums, jnp.float32),
+            pltpu.VMEM(taps, jnp.float32),
         ],
         compiler_params=_params(compiled, chip),
         interpret=not compiled,
         name='depthwise_weight_gradient',
-    )(x_HWBO, du_PQBO)
+    )(*values)
+    dw_KLO = _joined(made, dw)[:, :, :features]
+    return dw_KLO[:, :, None].astype(operands.w_KLDO.dtype)
+
+
+def _joined(made: Plan, dw: jax.Array) -> jax.Array:
+    """Sums the gradients of kernels over the cores, [cores, K, L, C]."""
+    if made.cores == 1:
+        return dw[0]
     # A core writes the blocks of channels that it had a part of.
-    last, per_channel = made.items - 1, made.items // blocks
-    had = [
-        range(
-            min(core * made.per_core, last) // per_channel,
-            min((core + 1) * made.per_core - 1, last) // per_channel + 1,
-        )
-        for core in range(made.cores)
+    blocks, last = made.grid[0], made.items - 1
+    per_channel, had = made.items // blocks, []
+    for core in range(made.cores):
+        first, stop = (min(core * made.per_core + k, last) for k in (0, made.per_core - 1))
+        had.append(range(first // per_channel, stop // per_channel + 1))
+    lanes = jnp.arange(dw.shape[3]) // LANES
+    parts = [
+        jnp.where((lanes >= one[0]) & (lanes <= one[-1]), part, 0.0)
+        for one, part in zip(had, dw, strict=True)
     ]
-    sums = [sum(dw[core, n] for core in range(made.cores) if n in had[core]) for n in range(blocks)]
-    dw_KLO = jnp.concatenate(sums, axis=1)[: K * L, :features]
-    return dw_KLO.reshape(K, L, 1, features).astype(operands.w_KLDO.dtype)
+    return sum(parts)
 
 
 def _convolve(
@@ -155,7 +167,10 @@ def _convolve(
     weights = layout.pad_last(w_KLC.astype(dtype), C)
     (K, L, _), rows = weights.shape, layout.up(math.prod(weights.shape[:2]), WORDS)
     column = pl.BlockSpec((K, L, LANES), lambda core, step: (0, 0, made.block(core, step - 1)[0]))
-    inputs = {'x': (layout.turn(x_BHWC, B, C), _in_spec(made)), 'w': (weights, column)}
+    x_HWBC = layout.turn(x_BHWC, B, C)
+    inputs = {'x': (x_HWBC, _in_spec(made)), 'w': (weights, column)}
+    if made.carried:
+        inputs['head'] = x_HWBC, _head_spec(made)
     if vectors:
         lanes = _lanes(vectors, made)
         inputs['vectors'] = (
@@ -243,6 +258,18 @@ def _in_spec(made: Plan) -> pl.BlockSpec:
         return *made.window(place)[1], b * made.batch, n * LANES
 
     return pl.BlockSpec(tuple(map(pl.Element, made.in_block)), start)
+
+
+def _head_spec(made: Plan) -> pl.BlockSpec:
+    """Rows of x_HWBC above an image's first block."""
+    _, cols, *rest = made.in_block
+    sizes = len(made.head), cols, *rest
+
+    def start(core, step):
+        n, b, *_ = made.block(core, step)
+        return made.head.start, 0, b * made.batch, n * LANES
+
+    return pl.BlockSpec(tuple(map(pl.Element, sizes)), start)
 
 
 def _out_spec(made: Plan, late: int) -> pl.BlockSpec:

@@ -21,7 +21,8 @@ VMEM_SHARE = 0.85  # of what a kernel may take; the rest is the compiler's
 PUSH = 112  # rows of a product that take as long as its matrix takes to be read
 ADDRESS = 7  # cycles in which scalar units find an address
 LATENCY = 60  # cycles of a product
-AT_ONCE = 1000  # cycles of the matrix unit that instructions are laid out for
+AT_ONCE = 1900  # cycles of the matrix unit that instructions are laid out for
+AT_ONCE_WEIGHT = 1000  # the same of the kernel's gradient, whose products hold more registers
 MOST_AT_ONCE = 8
 STEP_S = 0.35e-6  # of a grid step
 
@@ -60,12 +61,12 @@ def plan(
     return best[1]
 
 
-def laid_out(plan: Plan) -> Plan:
-    """Returns the plan with as many tiles at once as keep the matrix unit busy."""
+def laid_out(plan: Plan, most: int = AT_ONCE) -> Plan:
+    """Returns the plan with as many tiles at once as take the matrix unit about `most` cycles."""
     M = plan.col_tiles * plan.row_tiles * plan.batch
     cycles = max(M, PUSH) // 4 * math.prod(plan.bands) + LATENCY
     at_once = 1
-    while at_once < min(plan.n, MOST_AT_ONCE) and at_once * cycles < AT_ONCE:
+    while at_once < min(plan.n, MOST_AT_ONCE) and at_once * cycles < most:
         at_once *= 2
     return dataclasses.replace(plan, at_once=at_once)
 
@@ -134,10 +135,14 @@ def _seconds(plan: Plan, dtype, chip: Chip, arrays: int) -> float:
     passes = 6 if item == 4 else 1
     matmul = plan.n * math.prod(plan.bands) * passes * max(M, PUSH) / 4
     registers = plan.n * plan.registers * (2 + math.log2(plan.n)) / 3
-    parts = math.prod(plan.tiles_in[1:5]), math.prod(plan.tiles_out[1:4]) * arrays
+    filled = math.prod(plan.tiles_in[1:4]) * len(plan.filled)
+    parts = filled, math.prod(plan.tiles_out[1:4])
     runs = (3 * plan.tile[0], plan.tile[0])  # of pixels that are read or written at once
-    moves = plan.batch_registers * sum(
-        count * max(registers, ADDRESS * run) for count, run in zip(parts, runs, strict=True)
+    # Each of n tiles' products has as many parts beside it: what is over is done in vain.
+    shares = [plan.n * -(-plan.batch_registers * count // plan.n) for count in parts]
+    moves = sum(
+        share * times * max(registers, ADDRESS * run)
+        for share, times, run in zip(shares, (1, arrays), runs, strict=True)
     )
     products = plan.n * math.prod(plan.bands) * plan.registers * 2
     expand = products * len(plan.cols.offsets) * plan.side / (8 * plan.packed) / 2

@@ -22,6 +22,7 @@ from pallas_kernels.conv.tpu.depthwise_bands import expand, spread, words
 from pallas_kernels.conv.tpu.depthwise_plan import Plan
 from pallas_kernels.conv.tpu.layout import LANES
 
+PARTS = 4  # of a turn that are laid out together where nothing else is done beside them
 MOST_ROWS = 1024  # of one product, whose sums are float32
 
 
@@ -52,15 +53,23 @@ def forward_kernel(plan: Plan, epilogue: Epilogue, names: list[str], *refs: Any)
         spread(plan, named['spread'], named['words'])
         expand(plan, named['expanded'], named['spread'])
 
+    @pl.when(step == 0)
+    def _():
+        for parity in range(2):
+            tiles.clear(plan, named[f'tiles_x_{parity}'])
+
     for parity in range(2):
         here, other = (
             {name.removesuffix(suffix): ref for name, ref in named.items() if name.endswith(suffix)}
             for suffix in (f'_{parity}', f'_{1 - parity}')
         )
-        fill, drain = _turns(plan, named, here, plan.block(core, step)[2:])
+        place = plan.block(core, step)[2:]
+        fill, drain = _turns(plan, named, here, place)
 
         @pl.when(step % 2 == parity)
-        def _(other=other, fill=fill, drain=drain):
+        def _(here=here, other=other, place=place, fill=fill, drain=drain):
+            if plan.carried:
+                carry(plan, here['tiles_x'], other['tiles_x'], named['head'], place)
             both = (step > 0) & (step <= plan.per_core)
             pl.when(step == 0)(lambda: alone(fill))
             pl.when(step > plan.per_core)(lambda: alone(drain))
@@ -81,10 +90,27 @@ def _turns(plan: Plan, named, here, place) -> tuple[list[tiles.Turn], list[tiles
     return fill, [tiles.results_turn(plan, named[name], here[f'tiles_{name}']) for name in names]
 
 
+def carry(plan: Plan, tiles_ref: Any, above_ref: Any, head_ref: Any, place) -> None:
+    """Fills a block's first tiles of inputs with the last ones of the block above, or the head."""
+
+    @pl.when(place[0] == 0)
+    def _():
+        alone([tiles.inputs_turn(plan, tiles_ref, head_ref, place, head=True)])
+
+    @pl.when(place[0] > 0)
+    def _():
+        for k in range(plan.carried):
+            tiles_ref[:, :, :, 0, k] = above_ref[:, :, :, 0, plan.row_tiles + k]
+
+
 def alone(turns: Sequence[tiles.Turn]) -> None:
     """Does turns beside nothing."""
     for turn in turns:
-        pl.loop(0, turn.count)(turn.part)
+
+        @pl.loop(0, -(-turn.count // PARTS))
+        def _(outer, turn=turn):
+            for inner in range(PARTS):
+                turn.part(outer * PARTS + inner)
 
 
 def beside(plan: Plan, turns: Sequence[tiles.Turn], products: Callable[[Any], None]) -> None:

@@ -128,6 +128,31 @@ class Plan:
         return (self.row_tiles - 1) * self.rows.down + self.T
 
     @property
+    def carried(self) -> int:
+        """The first tiles of input rows, if they are kept from the block before, which is above."""
+        blocks = self.grid[2]
+        above = blocks > 1 and self.grid[3] == 1 and self.per_core % blocks == 0
+        return self.T - 1 if above and self.rows.down == 1 else 0
+
+    @property
+    def head(self) -> range:
+        """Input rows of the carried tiles of an image's first block, one at least."""
+        first = max(self.low, 0)
+        rows = max(1, self.low + self.carried * self.tile[0] - first)
+        rows = min(rows, self.rows.inputs)
+        first = min(first, self.rows.inputs - rows)
+        return range(first, first + rows)
+
+    @property
+    def filled(self) -> range:
+        """The tiles of input rows, of `down` side by side, that are read and not all padding."""
+        R, down = self.tile[0], self.rows.down
+        if self.grid[2] > 1:
+            return range(self.carried, -(-self.J // down))
+        first, last = max(0, -self.low), min(self.J * R, self.rows.inputs - self.low) - 1
+        return range(min(first, last) // R // down, last // R // down + 1)
+
+    @property
     def out_span(self) -> tuple[int, int]:
         """Output rows and columns of a block of whole tiles."""
         return self.phases * self.tile[0] * self.row_tiles, self.Q * self.col_tiles
@@ -178,9 +203,10 @@ class Plan:
         axes, held, counts = (self.rows, self.cols), self.in_block, self.grid[2:]
         steps, lows = (self.row_step, self.col_step * self.col_tiles), (self.low, self.col_low)
         first = tuple(at * step + low for at, step, low in zip(place, steps, lows, strict=True))
+        kept = self.carried * self.tile[0], 0
         base = tuple(
-            0 if count == 1 else jnp.clip(at, 0, axis.inputs - size)
-            for at, axis, size, count in zip(first, axes, held, counts, strict=False)
+            0 if count == 1 else jnp.clip(at + above, 0, axis.inputs - size)
+            for at, above, axis, size, count in zip(first, kept, axes, held, counts, strict=False)
         )
         return first, base
 
@@ -188,7 +214,8 @@ class Plan:
     def in_block(self) -> tuple[int, int, int, int]:
         """Shape of a block of x_HWBC."""
         _, _, *blocks = self.grid
-        needs = self.J * self.tile[0], (self.col_tiles - 1) * self.col_step + self.U * self.tile[1]
+        rows = (self.J - self.carried) * self.tile[0]
+        needs = rows, (self.col_tiles - 1) * self.col_step + self.U * self.tile[1]
         sizes = self.rows.inputs, self.cols.inputs
         whole = (
             size if count == 1 else min(size, need)
@@ -214,6 +241,13 @@ class Plan:
         """Shape of a block's outputs as tiles."""
         tile = self.registers, self.batch, LANES
         return self.n, self.phases, self.col_tiles, self.row_tiles, *tile
+
+    @property
+    def turns(self) -> bool:
+        """Whether what an output sees lies, in the pixels' order, as far on as the output does."""
+        rows, cols = self.rows, self.cols
+        one_row = self.n <= self.tile[1]
+        return rows.up == cols.up == 1 and (one_row or rows.down == cols.down)
 
     def pixel(self, register: int, p: int) -> tuple[int, int]:
         """Returns row and column in its tile of a register's pixel p."""

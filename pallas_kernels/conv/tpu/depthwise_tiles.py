@@ -122,7 +122,9 @@ class Turn:
         self.one(*outer, pl.ds(start, WORDS))
 
 
-def inputs_turn(plan: Plan, tiles_ref: Any, ref: Any, place: Sequence[Scalar]) -> Turn:
+def inputs_turn(
+    plan: Plan, tiles_ref: Any, ref: Any, place: Sequence[Scalar], head: bool = False
+) -> Turn:
     """Turns a block of the inputs into tiles.
 
     Args:
@@ -130,10 +132,13 @@ def inputs_turn(plan: Plan, tiles_ref: Any, ref: Any, place: Sequence[Scalar]) -
       tiles_ref: as `Plan.tiles_in`.
       ref: as `Plan.in_block`.
       place: which block of rows and of columns it is.
+      head: whether it is the tiles above an image's first block, of the rows `Plan.head`.
     """
     (R, S), down = plan.tile, plan.rows.down
     sizes = plan.rows.inputs, plan.cols.inputs
     (first, base), source, target = plan.window(place), as_words(ref), as_words(tiles_ref)
+    filled = range(plan.carried) if head else plan.filled
+    base = (plan.head.start, 0) if head else base
     first_rows = [i * plan.row_step + plan.low for i in range(plan.grid[2])]
     check_row = first_rows[0] < 0 or first_rows[-1] + plan.J * R > sizes[0]
     tiles = range(plan.grid[3] * plan.col_tiles), range(plan.U)
@@ -144,6 +149,7 @@ def inputs_turn(plan: Plan, tiles_ref: Any, ref: Any, place: Sequence[Scalar]) -
     check_cols = [min(seen) < 0 or max(seen) >= sizes[1] for seen in columns]
 
     def one(a, u, split_J, J, batch):
+        J += filled.start
         row = first[0] + (J * down + split_J) * R
         col = first[1] + a * plan.col_step + u * S
         rows = [_inside(row + r, sizes[0], check_row) for r in range(R)]
@@ -157,7 +163,13 @@ def inputs_turn(plan: Plan, tiles_ref: Any, ref: Any, place: Sequence[Scalar]) -
         words = _pixels(plan, read, check_cols)
         target[:, u, a, split_J, J, :, batch] = to_tiles(words, plan.g)
 
-    return Turn((plan.col_tiles, plan.U, down, -(-plan.J // down), plan.batch_registers), one)
+    return Turn((plan.col_tiles, plan.U, down, len(filled), plan.batch_registers), one)
+
+
+def clear(plan: Plan, tiles_ref: Any) -> None:
+    """Writes zeros to the tiles of inputs that `inputs_turn` leaves out: all are padding."""
+    for J in set(range(plan.carried, tiles_ref.shape[4])) - set(plan.filled):
+        tiles_ref[:, :, :, :, J] = jnp.zeros_like(tiles_ref[:, :, :, :, J])
 
 
 def outputs_turn(plan: Plan, tiles_ref: Any, ref: Any, place: Sequence[Scalar]) -> Turn:

@@ -9,19 +9,19 @@ pixels of a tile, z lanes of a tile.
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from pallas_kernels.conv.tpu import depthwise_tiles as tiles
 from pallas_kernels.conv.tpu.depthwise_bands import gather
-from pallas_kernels.conv.tpu.depthwise_kernel import alone, beside, dot, rows_of
+from pallas_kernels.conv.tpu.depthwise_kernel import alone, beside, carry, dot, rows_of
 from pallas_kernels.conv.tpu.depthwise_plan import Plan
 
 
-def weight_kernel(plan: Plan, x_ref, du_ref, dw_ref, *scratch: Any) -> None:
+def weight_kernel(plan: Plan, names: list[str], *refs: Any) -> None:
     """One step: the share of the sums of the block before; the last of its channels writes them."""
-    *tiled, sums, taps = scratch
+    named = dict(zip(names, refs, strict=False))
+    *tiled, sums, taps = refs[len(names) :]
     core, step = pl.program_id(0), pl.program_id(1)
     channels = plan.block(core, step - 1)[0]
     first = (step == 1) | ((step > 1) & (channels != plan.block(core, step - 2)[0]))
@@ -29,63 +29,59 @@ def weight_kernel(plan: Plan, x_ref, du_ref, dw_ref, *scratch: Any) -> None:
     # What a core does once more, since blocks do not come out even, counts nothing.
     counts = core * plan.per_core + step - 1 < plan.items
 
-    @pl.when(first)
+    @pl.when(step == 0)
     def _():
-        sums[...] = jnp.zeros_like(sums)
+        for x_tiles_ref in tiled[:2]:
+            tiles.clear(plan, x_tiles_ref)
 
     place = plan.block(core, step)[2:]
     for parity in range(2):
         fill = [
-            tiles.inputs_turn(plan, tiled[parity], x_ref, place),
-            tiles.outputs_turn(plan, tiled[2 + parity], du_ref, place),
+            tiles.inputs_turn(plan, tiled[parity], named['x'], place),
+            tiles.outputs_turn(plan, tiled[2 + parity], named['du'], place),
         ]
         other = tiled[1 - parity], tiled[3 - parity]
 
         @pl.when((step % 2 == parity) & counts)
-        def _(fill=fill, other=other):
+        def _(parity=parity, fill=fill, other=other):
+            if plan.carried:
+                carry(plan, tiled[parity], other[0], named['head'], place)
             pl.when(step == 0)(lambda: alone(fill))
-            products = lambda j: _products(plan, *other, sums, j)  # noqa: E731
+            products = lambda j: _products(plan, *other, sums, first, j)  # noqa: E731
             pl.when(step > 0)(lambda: beside(plan, fill, products))
 
-    pl.when(last)(lambda: _finish(plan, dw_ref, sums, taps))
+    pl.when(last)(lambda: _finish(plan, named['dw'], sums, taps))
 
 
-def _products(plan: Plan, x_ref, du_ref, sums: Any, j: Any) -> None:
+def _products(plan: Plan, x_ref, du_ref, sums: Any, first: Any, j: Any) -> None:
     """Adds a block's gradients of tile j's bands, [z out, z in]."""
     _, T, U = plan.bands
     down, per_product = plan.rows.down, max(1, plan.side // plan.batch)
+    together = max(1, per_product // plan.row_tiles)
     chunks = [
-        (a, i, min(per_product, plan.row_tiles - i))
-        for a in range(plan.col_tiles)
+        (pl.ds(a, min(together, plan.col_tiles - a)), i, min(per_product, plan.row_tiles - i))
+        for a in range(0, plan.col_tiles, together)
         for i in range(0, plan.row_tiles, per_product)
     ]
-    turned = [
-        rows_of(plan, du_ref.at[j, 0, pl.ds(a, 1), pl.ds(i, size)]).T for a, i, size in chunks
-    ]
+    turned = [rows_of(plan, du_ref.at[j, 0, a, pl.ds(i, size)]).T for a, i, size in chunks]
     for t in range(T):
         for u in range(U):
             sum_zz = jnp.zeros((plan.side, plan.side), jnp.float32)
             for (a, i, size), du_zM in zip(chunks, turned, strict=True):
                 rows = pl.ds(i + t // down, size)
-                sum_zz += dot(du_zM, rows_of(plan, x_ref.at[j, u, pl.ds(a, 1), t % down, rows]))
-            sums[j, t, u] += sum_zz
+                sum_zz += dot(du_zM, rows_of(plan, x_ref.at[j, u, a, t % down, rows]))
+            sums[j, t, u] = jnp.where(first, sum_zz, sums[j, t, u] + sum_zz)
 
 
 def _finish(plan: Plan, dw_ref: Any, sums: Any, taps: Any) -> None:
     """Sums, by weight, what the sums have of one channel with itself."""
-    shape = plan.side, plan.side
-    row, lane = (jax.lax.broadcasted_iota(jnp.int32, shape, axis) for axis in range(2))
-    own = row % plan.g == lane % plan.g
-    shape = plan.pixels, plan.side
-    pixel, lane = (jax.lax.broadcasted_iota(jnp.int32, shape, axis) for axis in range(2))
-    join_iz = (lane // plan.g == pixel).astype(jnp.float32)
-    dw_ref[...] = jnp.zeros_like(dw_ref)
+    total, one = taps.at[0], taps.at[1]
+    taps[...] = jnp.zeros_like(taps)
 
     @pl.loop(0, plan.n)
     def _(j):
-        bands = {
-            (t, u): dot(join_iz, jnp.where(own, sums[j, t, u], 0.0))
-            for t in range(plan.T)
-            for u in range(plan.U)
-        }
-        gather(plan, dw_ref.at[0, 0], taps, bands, j)
+        gather(plan, total, one, sums, j)
+
+    K, L, _ = dw_ref.shape[1:]
+    for k in range(K):
+        dw_ref[0, k] = total[pl.ds(k * L, L)].astype(dw_ref.dtype)

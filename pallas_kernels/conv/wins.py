@@ -13,16 +13,16 @@ from pallas_kernels.chip import Chip
 from pallas_kernels.conv.arguments import Operands, Spec
 from pallas_kernels.conv.gated_arguments import GatedOperands
 
-# Kind of kernel -> chip -> ours / XLA's. What is not here was not compiled, or does not win.
-# Causal: default layouts, as between projections. No stem: by itself 0.29 of XLA's time, but in a
-# network's step its layout costs copies that take more (whole steps in ../README.md).
+# Kind of kernel -> chip -> ours / XLA's, the table's worst. Causal: default layouts, as between
+# projections. No stem: by itself 0.29 of XLA's time on v6e, but in a network's step its layout
+# costs copies that take more (whole steps in ../README.md).
 RATIOS: dict[str, dict[str, float]] = {
-    'causal': {'v6e': 0.46},
-    'depthwise': {'v6e': 0.40},  # of many taps; with 9 it is 1.04
-    'gated': {'v6e': 0.41},
-    'grouped': {'v6e': 0.71},
+    'causal': {'v5e': 0.58, 'v5p': 0.53, 'v6e': 0.46, 'v7x': 0.54},
+    'depthwise': {'v5e': 0.53, 'v5p': 0.61, 'v6e': 0.32, 'v7x': 0.28},  # of 7 x 7 taps
+    'gated': {'v5e': 0.52, 'v5p': 0.45, 'v6e': 0.41, 'v7x': 0.27},
+    'grouped': {'v5e': 0.44, 'v5p': 0.57, 'v6e': 0.31, 'v7x': 0.33},
 }
-FEWEST_TAPS = 49  # of a depthwise kernel: with few, both sides wait for the memory
+FEWEST_TAPS = 49  # of a depthwise kernel; with 9 it is 0.90 at best, less than a network can undo
 MOST_GROUP_CHANNELS = 8  # with more, XLA spends less on the channels of other groups
 FEWEST_OUTPUTS = 1 << 20  # below, a call takes about as long as its launch
 MOST_PADDING = 1.25  # batches are padded to whole tiles

@@ -263,9 +263,14 @@ def test_a_kernel_is_taken_where_it_is_predicted_to_win_and_nowhere_else(monkeyp
 
 def test_a_depthwise_kernel_is_taken_for_many_taps():
     wide = Case('conv2d', 128, 14, 14, 384, 7, 7, 384, groups=384)
-    assert _taken(wide, 'v6e')
-    assert not _taken(wide, 'v5e')  # not compiled there
-    assert not _taken(dataclasses.replace(wide, kernel_rows=3, kernel_cols=3), 'v6e')
+    for chip in TPUS:
+        assert _taken(wide, chip)
+        assert not _taken(dataclasses.replace(wide, kernel_rows=3, kernel_cols=3), chip)
+
+
+def test_a_stem_is_left_to_xla_which_needs_no_copies_around_it():
+    for chip in TPUS:
+        assert not _taken(Case('conv2d', 32, 224, 224, 3, 7, 7, 64, stride=2), chip)
 
 
 def test_on_hopper_the_memory_s_convolutions_are_taken_and_dense_ones_left_to_cudnn():

@@ -37,9 +37,17 @@ both are told: by the same model from the bundles of its fusions / by the compil
 which are far above. Layouts of arguments and results are free, as between two layers of a network,
 or JAX's default ones. *Ratio* is of here to the smaller figure of XLA: images with free layouts,
 sequences with the default ones, as their neighbours are projections. *impl* is what None takes.
+*Binds*, where the goal is missed: the busiest unit and its share of the kernels' bundles, and the
+share of their time that they wait for HBM.
 
-| chip | case | pass | roofline | here | goal | XLA | ratio | here, default | XLA, default | impl |
-|---|---|---|---|---|---|---|---|---|---|---|"""
+| chip | case | pass | roofline | here | goal | XLA | ratio | default | XLA default | impl | binds |
+|---|---|---|---|---|---|---|---|---|---|---|---|"""
+
+_UNITS = {
+    'MATMUL': 'products', 'MATPUSH': 'loads of products', 'VPOP': 'results of products',
+    'XLU': 'rotations', 'VALU': 'vector', 'EUP': 'functions', 'VLOAD': 'loads', 'VSTORE': 'stores',
+    'SALU': 'scalars',
+}  # fmt: skip
 
 
 def rows() -> list[tuple[str, float | None, Case]]:
@@ -76,6 +84,7 @@ def row(
         chip, name, 'fwd + bwd' if case.passes == 'all' else 'fwd', f'{1e6 * roofline:.1f}',
         _here(free, roofline), '–' if goal is None else f'{goal:.2f}', _xla(free, roofline), ratio,
         _here(default, roofline), _xla(default, roofline), taken(case, chip),
+        _binds(free.get('here') or default.get('here'), goal and goal * roofline),
     ]  # fmt: skip
     return '| ' + ' | '.join(cells) + ' |'
 
@@ -97,6 +106,14 @@ def _xla(found: dict[str, Any], roofline: float) -> str:
         return '–'
     pair = [found['xla'][key] for key in ('model_seconds', 'estimate_seconds')]
     return ' / '.join(f'{1e6 * seconds:.0f} ({seconds / roofline:.1f})' for seconds in pair)
+
+
+def _binds(found: dict[str, Any] | None, most: float | None) -> str:
+    if found is None or most is None or found['predicted_seconds'] <= most:
+        return ''
+    unit = max(_UNITS, key=lambda unit: found['utilization'].get(unit, 0.0))
+    waits = found['stall_cycles'] / (found['total_bundles'] + found['stall_cycles'])
+    return f'{_UNITS[unit]} {found["utilization"][unit]:.0%}, HBM {waits:.0%}'
 
 
 def taken(case: Case, chip: str) -> str:

@@ -22,7 +22,7 @@ RATIOS: dict[str, dict[str, float]] = {
     'gated': {'v5e': 0.52, 'v5p': 0.45, 'v6e': 0.41, 'v7x': 0.27},
     'grouped': {'v5e': 0.44, 'v5p': 0.57, 'v6e': 0.31, 'v7x': 0.33},
 }
-FEWEST_TAPS = 49  # of a depthwise kernel; with 9 it is 0.90 at best, less than a network can undo
+FEWEST_TAPS = 49  # of a depthwise kernel; with 9 it is 0.8 to 1.3, which a network can undo
 MOST_GROUP_CHANNELS = 8  # with more, XLA spends less on the channels of other groups
 FEWEST_OUTPUTS = 1 << 20  # below, a call takes about as long as its launch
 MOST_PADDING = 1.25  # batches are padded to whole tiles

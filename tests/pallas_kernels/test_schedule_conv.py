@@ -202,7 +202,10 @@ def test_the_table_has_the_rows_asked_for_and_both_of_xla_s_figures():
         assert name == same
         assert both == dataclasses.replace(case, passes='all')
         assert wider == (goal and 1.5 * goal)
-    here = {'predicted_seconds': 3e-4}
+    here = {
+        'predicted_seconds': 3e-4, 'utilization': {'MATMUL': 0.9, 'VALU': 0.5},
+        'total_bundles': 75, 'stall_cycles': 25,
+    }  # fmt: skip
     xla = {'model_seconds': 4e-4, 'estimate_seconds': 6e-4, 'predicted_seconds': 6e-4}
     columns = schedule_table_conv.HEAD.splitlines()[-1].count('|')
     for chip in TPUS:
@@ -216,6 +219,9 @@ def test_the_table_has_the_rows_asked_for_and_both_of_xla_s_figures():
             assert '**0.75**' in line  # of the smaller one
             assert '400 (' in line
             assert '600 (' in line
+            roofline = schedule_conv.work(case, named(chip)).roofline_seconds(named(chip))
+            missed = goal is not None and goal * roofline < 3e-4
+            assert line.endswith('| products 90%, HBM 25% |' if missed else '|  |')
 
 
 def test_a_table_is_written_between_its_own_marks(tmp_path, monkeypatch):

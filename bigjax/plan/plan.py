@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from bigjax import experiment as experiments
+from bigjax.models.decoder import DecoderLM
 from bigjax.plan.assess import assess, why_closed
 from bigjax.plan.options import PlanOptions
+from bigjax.plan.program.compiled import without_data
 from bigjax.plan.report.page import write_page
 from bigjax.plan.report.terminal import show
 from bigjax.plan.search import search
@@ -55,6 +57,13 @@ def changed(name: str, values: Mapping[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in values.items() if k not in known or v != known[k].default}
 
 
+def unrolled(name: str, values: Mapping[str, Any]) -> int:
+    """Returns how many layers the compiler sees one by one, if that takes minutes; else 0."""
+    model = without_data(name, changed(name, values)).model
+    deep = isinstance(model, DecoderLM) and not model.scan and model.depth > 8
+    return model.depth if deep else 0
+
+
 def run(name: str, values: Mapping[str, Any], options: PlanOptions, workdir: Path) -> int:
     """Makes a plan, shows it, and writes plan.json and plan.html below the workdir.
 
@@ -64,6 +73,12 @@ def run(name: str, values: Mapping[str, Any], options: PlanOptions, workdir: Pat
     folder = workdir / 'plan'
     if not why_closed(topology := parse(options.topology), options):
         print(f'compiling for {topology.name}, a minute or more; not with --fast', file=sys.stderr)
+        if layers := unrolled(name, values):
+            print(
+                f'--scan=False: {layers} layers are compiled one by one, minutes instead of one; '
+                f'--scan compiles one for all',
+                file=sys.stderr,
+            )
     try:
         result = plan(name, values, options, folder)
     except KeyboardInterrupt:

@@ -186,6 +186,22 @@ def test_an_interrupted_plan_says_how_to_go_on(tmp_path, monkeypatch, capsys):
     )
 
 
+@pytest.mark.parametrize(
+    ('knobs', 'told'),
+    [({'depth': 9}, True), ({'depth': 9, 'scan': True}, False), ({'depth': 8}, False)],
+)
+def test_layers_that_are_compiled_one_by_one_are_told(tmp_path, monkeypatch, capsys, knobs, told):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr('bigjax.plan.plan.assess', interrupted)
+    monkeypatch.setattr('bigjax.plan.plan.why_closed', lambda *_: '')
+    values = {**FAST, 'scan': False, **knobs}
+    run('llama', values, PlanOptions(topology='v5e:2x2'), tmp_path)
+    said = '--scan=False: 9 layers are compiled one by one' in capsys.readouterr().err
+    assert said == told
+
+
 def way(seconds, memory=1):
     """What arithmetic says of a candidate, on a machine with 10 bytes."""
     return SimpleNamespace(

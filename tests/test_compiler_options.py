@@ -1,14 +1,18 @@
 """Options of XLA: for the devices that know them."""
 
 import jax
+import jax.numpy as jnp
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
-from bigjax.compiler_options import compiler_options
+from bigjax.compiler_options import compiler_options, has_scatter
 from bigjax.mesh import make_mesh
 from bigjax.plan.program.compile import devices
 from bigjax.plan.topology import parse
 
 LIMIT = 'xla_tpu_scheduler_percent_shared_memory_limit'
+RINGS = 'xla_tpu_enable_windowed_einsum_for_'
 
 
 def test_cpus_are_told_nothing():
@@ -19,3 +23,52 @@ def test_a_tpus_scheduler_may_use_the_whole_hbm():
     pytest.importorskip('libtpu', reason='the compiler for TPUs; there is none for this system')
     mesh = make_mesh('fsdp=4', devices=devices(parse('v5e:2x2')))
     assert compiler_options(mesh)[LIMIT] == '100'
+
+
+@pytest.mark.parametrize(
+    ('topology', 'mesh', 'scattered_in_rings'),
+    [
+        ('v5e:2x2', 'fsdp=4', False),
+        ('v5e:4x4', 'fsdp=4,tensor=4', False),
+        ('v5e:4x4', 'data=2,fsdp=8', False),
+        ('v5e:4x8', 'fsdp=32', False),
+        ('v5e:4x4', 'fsdp=16', True),  # all of a square: else each would sum the whole
+        ('v5p:2x2x2', 'fsdp=8', True),
+        ('2*v5e:4x4', 'data=2,fsdp=16', False),  # where each does so in any case
+    ],
+)
+def test_products_are_cut_into_rings_only_where_there_is_no_other_scatter(
+    topology, mesh, scattered_in_rings
+):
+    pytest.importorskip('libtpu', reason='the compiler for TPUs; there is none for this system')
+    dcn = 'data=2' if topology.startswith('2*') else ''
+    options = compiler_options(make_mesh(mesh, dcn, devices=devices(parse(topology))))
+    assert options[RINGS + 'all_gather'] == 'false'
+    assert options.get(RINGS + 'reduce_scatter') == (None if scattered_in_rings else 'false')
+
+
+@pytest.mark.parametrize(('topology', 'scatters'), [('v5e:2x4', True), ('v5e:4x4', False)])
+def test_which_slices_scatter_is_what_the_compiler_does(topology, scatters):
+    """Beside it, that a product of gathered weights is one: no permute hands parts of them on."""
+    pytest.importorskip('libtpu', reason='the compiler for TPUs; there is none for this system')
+    machine = parse(topology)
+    assert has_scatter(machine.shape) == scatters
+    mesh = make_mesh('fsdp=-1', devices=devices(machine))
+    split = NamedSharding(mesh, P('fsdp'))
+
+    def gradient(w_CM, x_BC):
+        def loss(w_CM):
+            w_CM = jax.lax.with_sharding_constraint(w_CM, NamedSharding(mesh, P()))
+            return jnp.sum(jnp.tanh(x_BC @ w_CM).astype(jnp.float32))
+
+        return jax.grad(loss)(w_CM)
+
+    options = compiler_options(mesh) | {RINGS + 'reduce_scatter': 'false'}
+    jitted = jax.jit(gradient, out_shardings=split, compiler_options=options)
+    shapes = [(2048, 4096), (1024 * machine.devices, 2048)]
+    arguments = [jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=split) for shape in shapes]
+    lowered = jitted.trace(*arguments).lower(lowering_platforms=('tpu',))
+    text = lowered.compile().as_text()
+    assert ('all-reduce-scatter' in text) == scatters
+    assert ' all-gather(' in text
+    assert ' collective-permute' not in text

@@ -94,13 +94,27 @@ def embedding_logits(
 
     The product is taken in the type of `x`, and on matrices, as in `Dense`; then comes the bias.
     """
-    merged = x.reshape(*rows(x.shape[:-1]), x.shape[-1])
+    merged, embedding_VC = _gradients_at_once(
+        x.reshape(*rows(x.shape[:-1]), x.shape[-1]), embedding_VC.astype(x.dtype)
+    )
     logits = jax.lax.dot_general(
         merged,
-        embedding_VC.astype(x.dtype),
+        embedding_VC,
         (((merged.ndim - 1,), (1,)), ((), ())),
         preferred_element_type=jnp.float32,
     )
     if bias_V is not None:
         logits += bias_V.reshape(*(1,) * (logits.ndim - 1), -1)
     return logits.reshape(*x.shape[:-1], embedding_VC.shape[0])
+
+
+@jax.custom_vjp
+def _gradients_at_once(x: jax.Array, w: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns both; of what is computed from them the gradients are made one after the other.
+
+    Else XLA may leave that of `w` until the end, and keep float32 logits through all layers for it.
+    """
+    return x, w
+
+
+_gradients_at_once.defvjp(lambda x, w: ((x, w), None), lambda _, g: jax.lax.optimization_barrier(g))

@@ -165,7 +165,7 @@ def pipeline(
     first = jax.tree.map(lambda x: x[:, 0], batch)
     (_, batch), made = jax.lax.scan(step, (first, batch), jnp.arange(schedule.steps))
     made = jax.tree.map(lambda x: x[schedule.visits()], made)
-    return jax.tree.map(lambda x: _joined(x[-1]), batch), made
+    return jax.tree.map(lambda x: _joined(_last(x, S)), batch), made
 
 
 def _hand_on(state: Any, batch: Any, t: jax.Array, schedule: Schedule) -> tuple[Any, Any]:
@@ -197,6 +197,20 @@ def _next(x: jax.Array) -> jax.Array:
 
 
 _next.defvjp(lambda x: (_next(x), None), lambda _, g: (jnp.roll(g, -1, 0),))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _last(x: jax.Array, stages: int) -> jax.Array:
+    """Returns what the last stage has; the transpose that JAX finds sends all of it once more."""
+    return x[stages - 1]
+
+
+def _last_back(stages: int, _: None, g: jax.Array) -> tuple[jax.Array]:
+    here_S = (jnp.arange(stages) == stages - 1).reshape(stages, *(1,) * g.ndim)
+    return (_place(jnp.where(here_S, g[None], jnp.zeros_like(g)), 'stages', None, 'batch'),)
+
+
+_last.defvjp(lambda x, stages: (_last(x, stages), None), _last_back)
 
 
 def _deal(x: jax.Array, schedule: Schedule) -> jax.Array:

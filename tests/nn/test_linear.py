@@ -1,11 +1,11 @@
-"""Dense: value against einsum, shapes, and what it refuses."""
+"""Dense: value against einsum, shapes, and what it refuses; an embedding's logits."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bigjax.nn.linear import Dense
+from bigjax.nn.linear import Dense, embedding_logits
 
 
 @pytest.mark.parametrize(
@@ -51,3 +51,24 @@ def test_no_bias_means_no_bias_parameter():
 def test_more_input_dimensions_than_the_input_has_is_refused():
     with pytest.raises(ValueError, match='in_dims=3: the input has 2 dimensions'):
         Dense(4, in_dims=3).init(jax.random.key(0), jnp.ones((2, 3)))
+
+
+def test_no_gradient_of_the_output_layer_waits_for_what_follows_it():
+    """XLA may keep logits for the table's gradient through all layers, unless it is told not to."""
+    x_NC, table_VC = jnp.ones((4, 8)), jnp.arange(40.0).reshape(5, 8)
+
+    def loss(x_NC, table_VC):
+        return jnp.sum(jnp.sin(embedding_logits(x_NC, table_VC)))
+
+    def plain(x_NC, table_VC):
+        return jnp.sum(jnp.sin(x_NC @ table_VC.T))
+
+    lowered = jax.jit(jax.grad(loss, (0, 1))).lower(x_NC, table_VC).as_text()
+    barriers = [line for line in lowered.splitlines() if 'optimization_barrier' in line]
+    assert len(barriers) == 1
+    assert 'tensor<4x8xf32>, tensor<5x8xf32>' in barriers[0]
+    assert 'optimization_barrier' not in jax.jit(loss).lower(x_NC, table_VC).as_text()
+    for got, want in zip(
+        *(jax.grad(f, (0, 1))(x_NC, table_VC) for f in (loss, plain)), strict=True
+    ):
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)

@@ -1,7 +1,6 @@
 """The plan by arithmetic, against hand-computed cases and against the models themselves."""
 
 import dataclasses
-import functools
 import math
 from typing import Any
 
@@ -174,60 +173,57 @@ def test_all_devices_share_the_work_but_idle_stages_compute_too():
 
 def test_fsdp_gathers_parameters_twice_and_spreads_gradients_once():
     shape = dataclasses.replace(SHAPE, layers=1)
-    how = step('fsdp=16', saved=frozenset({'qkv'}))
+    how = step('fsdp=8', 'v5e:2x4', saved=frozenset({'qkv'}))
     block = (64 * 8 * 16 * 2 + 64 * 4 * 16 * 2 + 3 * 64 * 96) * 2
     tables = 2 * 256 * 64
     gathers = 2 * block + 2 * (2 * 64 * 4) + tables * 2 + 64 * 4
-    whole = 3 * 64 * 4 + tables // 2 * (4 + 2)  # norms, and two tables, one in bfloat16
     assert sent(shape, how, 'fsdp') == pytest.approx(
         {
-            ('all-gather', 'parameters'): gathers * 15 / 16,
-            ('reduce-scatter', 'gradients'): block * 15 / 16,
-            ('all-reduce', 'gradients'): whole * 2 * 15 / 16,
+            ('all-gather', 'parameters'): gathers * 7 / 8,
+            ('reduce-scatter', 'gradients'): (block + tables * 4) * 7 / 8,
+            ('all-reduce', 'gradients'): 3 * 64 * 4 * 2 * 7 / 8,  # norms
         }
     )
     twice = sent(shape, dataclasses.replace(how, accumulate=2), 'fsdp')
-    assert twice['all-gather', 'parameters'] == pytest.approx(2 * gathers * 15 / 16)
+    assert twice['all-gather', 'parameters'] == pytest.approx(2 * gathers * 7 / 8)
     # Projections that are computed again are needed once more for their gradients.
-    again = sent(shape, step('fsdp=16', saved=frozenset()), 'fsdp')
+    again = sent(shape, dataclasses.replace(how, saved=frozenset()), 'fsdp')
     projections = (64 * 8 * 16 + 2 * 64 * 4 * 16) * 2
-    assert again['all-gather', 'parameters'] == (gathers + projections) * 15 / 16
+    assert again['all-gather', 'parameters'] == pytest.approx((gathers + projections) * 7 / 8)
 
 
-def test_many_devices_sum_gradients_whole():
-    few, many = step('fsdp=16'), step('fsdp=256', 'v5e:16x16', batch=256)
-    spread = sent(SHAPE, few, 'fsdp')['reduce-scatter', 'gradients'] / (15 / 16)
-    summed = sent(SHAPE, many, 'fsdp')['all-reduce', 'gradients'] / (255 / 256)
-    always = 9 * 64 * 4 + 256 * 64 * (4 + 2)  # norms and tables
-    assert summed == pytest.approx(2 * spread + 2 * always)
+def test_with_experts_attentions_last_matrix_is_far_from_its_gradient_too():
+    shape = dataclasses.replace(SHAPE, layers=1, routing=Routing(experts=4))
+    kept, again = (step('fsdp=4,expert=4', saved=frozenset(s)) for s in ({'qkv', 'out'}, {'qkv'}))
+    more = sent(shape, again, 'fsdp')['all-gather', 'parameters']
+    more -= sent(shape, kept, 'fsdp')['all-gather', 'parameters']
+    assert more == 64 * 8 * 16 * 2 * 3 / 4
 
 
-def test_with_enough_to_compute_rings_send_more_than_they_need():
-    """17 parts of 16, where 15 would do, of what serves one product; few devices write it out."""
+def test_all_devices_of_a_square_or_a_box_sum_gradients_whole():
+    def gradients(mesh, topology, kind, **changes):
+        return sent(SHAPE, step(mesh, topology, **changes), 'fsdp').get((kind, 'gradients'), 0)
+
+    norms, tables = 9 * 64 * 4, 256 * 64 * (4 + 2)  # tables in float32 and in bfloat16
+    many = gradients('fsdp=256', 'v5e:16x16', 'all-reduce', batch=256)
+    assert many == pytest.approx(2 * (2 * MATRICES + norms + tables) * 255 / 256)
+    # Too little for a ring.
+    assert gradients('fsdp=16', 'v5e:4x4', 'reduce-scatter') == 0
+    # A part of the slice, or all of one with two different sides, scatters.
+    part, small = ('fsdp=8,tensor=2', 'v5e:4x4'), ('fsdp=8', 'v5e:2x4')
+    tables = 2 * 256 * 64 * 4
+    assert gradients(*part, 'reduce-scatter') == (2 * MATRICES + tables) / 2 * 7 / 8
+    assert gradients(*small, 'reduce-scatter') == (2 * MATRICES + tables) * 7 / 8
+    assert gradients(*small, 'all-reduce') == 2 * norms * 7 / 8
+
+
+def test_a_ring_of_products_sends_two_parts_more_than_a_scatter():
     shape = dataclasses.replace(SHAPE, layers=2, width=1024, head_dim=128, hidden=2048)
-    how = functools.partial(step, saved=frozenset())
-    norms, tables = (2 * 2 * 2 + 1) * 1024 * 4, 2 * 256 * 1024
-    attention, mlp = 1024 * 128 * (8 + 4 + 4), 2 * 1024 * 2048
-    out, down = 1024 * 128 * 8, 1024 * 2048
-    # Computed again, only what is gathered for that and for the gradient at once is no ring.
-    plain, rings = 2 * 2 * (out + mlp), 2 * 2 * (3 * attention + out + mlp + 2 * down)
-    assert sent(shape, how('fsdp=16'), 'fsdp')['all-gather', 'parameters'] == pytest.approx(
-        (plain + norms + 2 * tables) * 15 / 16 + rings * 17 / 16
-    )
-    # Along with a tensor axis: of what makes the stream forward, and of what reads it backward.
-    plain, rings = 2 * 2 * (attention + 2 * out + mlp + down), 2 * 2 * (2 * attention + mlp + down)
-    assert sent(shape, how('fsdp=8,tensor=2'), 'fsdp')['all-gather', 'parameters'] == (
-        pytest.approx((plain / 2 + norms + tables) * 7 / 8 + rings / 2 * 9 / 8)
-    )
-    four = sent(shape, how('fsdp=4,data=4'), 'fsdp')
-    spread = 2 * 2 * (attention + out + mlp + down)
-    assert four['reduce-scatter', 'gradients'] == pytest.approx(spread)
-    # Too little to compute, or to send.
-    for few in (how('fsdp=16', batch=32), how('fsdp=16')):
-        small = SHAPE if few.batch == 64 else shape
-        found = sent(small, few, 'fsdp')['reduce-scatter', 'gradients']
-        matrices = sum(w.elements for w in small.weights() if w.makes) * small.layers
-        assert found == pytest.approx(2 * matrices * 15 / 16)
+    matrices = 2 * sum(w.elements for w in shape.weights() if w.makes)
+    found = sent(shape, step('fsdp=16'), 'fsdp')
+    assert found['reduce-scatter', 'gradients'] == pytest.approx(2 * matrices * 17 / 16)
+    few = sent(shape, step('fsdp=16', batch=32), 'fsdp')  # tokens
+    assert ('reduce-scatter', 'gradients') not in few
 
 
 def test_tensor_gathers_and_spreads_the_stream_around_every_half_of_a_block():
@@ -257,9 +253,9 @@ def test_context_moves_keys_and_values(context):
     numbers = 64 / 4 * 128 / 4 * 2 * 4 * 16  # keys and values of one device and layer
     found = sent(SHAPE, how, 'context')
     if context == 'ring':
-        # Three forward, four backward, and the gradients all the way round, in float32.
+        # Three forward, four backward, and gradients all the way round: home in bfloat16.
         assert found['collective-permute', 'keys'] == 4 * (3 + 4) * numbers * 2
-        assert found['collective-permute', 'gradients'] == 4 * 4 * numbers * 4
+        assert found['collective-permute', 'gradients'] == 4 * numbers * (3 * 4 + 2)
     else:
         assert found['all-gather', 'keys'] == 4 * 2 * 3 * numbers * 2
         assert found['reduce-scatter', 'keys'] == 4 * 3 * numbers * 4
@@ -284,6 +280,20 @@ def test_a_pipeline_hands_microbatches_on():
     assert found['collective-permute', 'activations'] == 2 * 9 * stream
     # Every stage is given the whole batch; what it gives back is summed over both.
     assert found['all-reduce', 'activations'] == 2 * 1 / 2 * 4 * stream
+    # Each makes the logits of its part of what comes out.
+    assert found['all-to-all', 'activations'] == found['all-gather', 'activations'] == 2 * stream
+    # Each gives half of its layers away and has half of their gradients back.
+    assert found['all-to-all', 'parameters'] == pytest.approx(
+        (MATRICES / 16 * (2 + 4) + 8 * 64 / 16 * (2 + 4)) / 2
+    )
+    four = sent(SHAPE, step('fsdp=4,stage=4', saved=frozenset()), 'stage')
+    # One round alone: nothing changes its place.
+    assert ('all-to-all', 'parameters') not in four
+    eight = sent(dataclasses.replace(SHAPE, layers=8), step('fsdp=4,stage=4'), 'stage')
+    # Two rounds of four stages: each gives a layer to all of them, of two that it has.
+    assert eight['all-to-all', 'parameters'] == pytest.approx(
+        (2 * MATRICES / 16 + 16 * 64 / 16) * (2 + 4) * 2 * 3 / 4
+    )
     straight = dataclasses.replace(how, microbatches=3)
     assert ('all-to-all', 'parameters') not in sent(SHAPE, straight, 'stage')
 
@@ -292,7 +302,14 @@ def test_slices_are_crossed_by_what_is_left_after_they_added_up():
     how = step('data=2,fsdp=16', '2*v5e:4x4', dcn={'data': 2})
     (found,) = (c for c in collectives(SHAPE, how) if c.axes == ('data',))
     assert found.network == 'dcn'
-    assert found.bytes == 2 / 2 * (MATRICES * 2 + 2 * 256 * 64 * 4) / 16
+    assert found.bytes == 2 / 2 * ((MATRICES * 2 + 2 * 256 * 64 * 4) / 16)
+    here = sent(SHAPE, how, 'fsdp')
+    # The table that tokens are looked up in is summed whole, the one of logits scattered.
+    assert here['reduce-scatter', 'gradients'] == 256 * 64 * 4 * 15 / 16
+    whole = MATRICES * 2 + 256 * 64 * 4
+    assert here['all-reduce', 'gradients'] == pytest.approx(2 * whole * 15 / 16)
+    tied = dataclasses.replace(SHAPE, tied=True)
+    assert sent(tied, how, 'fsdp') == pytest.approx(here)  # gathered for each of its uses
     assert found.seconds == found.bytes / how.topology.hardware.dcn_bytes_per_s
     both = [c for c in collectives(SHAPE, step('fsdp=32', '2*v5e:4x4', dcn={'fsdp': 2}))
             if c.kind == 'all-gather']  # fmt: skip

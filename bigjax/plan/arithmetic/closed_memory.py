@@ -5,6 +5,8 @@ output layer, when all of these wait, or in the backward pass of a block, when t
 layers have their place as well.
 """
 
+from bigjax.plan.arithmetic.closed_exchange import REDUCE
+from bigjax.plan.arithmetic.closed_parameters import numbers, spread
 from bigjax.plan.arithmetic.shape import FSDP, TENSOR, Shape, Step, parameter_bytes
 from bigjax.plan.records import CATEGORIES, Memory
 
@@ -60,23 +62,25 @@ def saved_bytes(shape: Shape, step: Step) -> tuple[float, float]:
 def gathered_bytes(shape: Shape, step: Step) -> float:
     """Returns what exchanges of parameters work with along the FSDP axis, in a block.
 
-    The largest matrix whole, the one that is fetched meanwhile, and the gradient of a third.
+    The largest matrix whole, the one that is fetched meanwhile, and the gradient of a third; or of
+    the whole block, where gradients are summed on every device: the compiler does so with all.
     """
     if step.size(FSDP) == 1:
         return 0.0
-    whole = [
-        weight.elements / step.shards(tuple(axis for axis in weight.axes if axis != 'embed'))
-        for weight in shape.weights()
-        if weight.layered
-    ]
-    return 3 * max(whole) * step.item
+    matrices = [weight for weight in shape.weights() if weight.makes]
+    largest = max(numbers(step, weight) for weight in matrices)
+    whole = sum(numbers(step, w) for w in matrices if spread(step, w)[0] == REDUCE)
+    return (2 * largest + max(largest, whole)) * step.item
 
 
 def head_bytes(shape: Shape, step: Step) -> float:
-    """Returns what the output layer works with: logits in float32, their gradient, its matrix."""
+    """Returns what the output layer works with: logits in float32, their gradient, its matrix.
+
+    Each stage of a pipeline makes the logits of a part of the rows.
+    """
     vocab = shape.vocab / (step.size(TENSOR) if shape.split_vocab else 1)
     # The matrix is gathered, and so is its gradient before it is spread.
-    return step.tokens * vocab * (4 + step.item) + 2 * shape.width * vocab * step.item
+    return step.tokens / step.stages * vocab * (4 + step.item) + 2 * shape.width * vocab * step.item
 
 
 def block_bytes(shape: Shape, step: Step) -> float:
@@ -101,11 +105,12 @@ def memory(shape: Shape, step: Step) -> Memory:
     saved, away = saved_bytes(shape, step)
     in_head = saved + head_bytes(shape, step)
     in_block = saved + block_bytes(shape, step)
-    gradients = parameters * (2 if step.accumulate > 1 else 1)
+    gradients: float = parameters * (2 if step.accumulate > 1 else 1)
     collectives = gathered_bytes(shape, step)
     if step.rounds(shape.layers) > 1:
-        gradients += parameters  # Layers that changed their devices, and their gradients there.
-        collectives += parameters
+        # Layers that changed their devices, and their gradients there.
+        gradients += parameters * step.item / 4
+        collectives += parameters * step.item / 4
     found = dict.fromkeys(CATEGORIES, 0)
     found |= {
         'parameters': parameters,

@@ -1,0 +1,151 @@
+"""What devices send each other of a decoder's parameters and their gradients, by arithmetic."""
+
+import math
+from collections.abc import Iterable
+
+from bigjax.compiler_options import has_scatter
+from bigjax.plan.arithmetic.closed_exchange import GATHER, REDUCE, SCATTER, exchange, visits
+from bigjax.plan.arithmetic.closed_flops import recomputed
+from bigjax.plan.arithmetic.shape import (
+    CONTEXT,
+    DATA,
+    EXPERT,
+    FSDP,
+    STAGE,
+    TENSOR,
+    Shape,
+    Step,
+    Weight,
+)
+from bigjax.plan.records import Collective
+
+# Where libtpu 0.0.52 has no scatter (`bigjax.compiler_options`), it scatters in a ring of products:
+# among not too many devices, each with enough tokens and bytes of a part of a matrix. Seen with 16
+# devices, 512 tokens and 32 KiB, not with 64 or 8 KiB.
+MOST_IN_RING, LEAST_RING_TOKENS, LEAST_RING_BYTES = 32, 512, 2**14
+
+
+def _slices(step: Step) -> int:
+    return math.prod(step.dcn.values())
+
+
+def _no_scatter(step: Step) -> bool:
+    """Whether the devices along FSDP are all of a slice that has no scatter among them."""
+    here = step.size(FSDP) // step.dcn.get(FSDP, 1)
+    whole = here == step.devices // _slices(step)
+    return step.topology.hardware.is_tpu and whole and not has_scatter(step.topology.shape)
+
+
+def spread(step: Step, weight: Weight) -> tuple[str, float]:
+    """Returns how a layer's gradient comes to be split along FSDP: a kind, how often it is sent."""
+    n = step.size(FSDP)
+    if step.dcn.get(FSDP, 1) > 1:
+        return REDUCE, 1
+    if not _no_scatter(step):
+        return SCATTER, 1
+    part = numbers(step, weight) * step.item / n
+    small = step.tokens / step.parts < LEAST_RING_TOKENS or part < LEAST_RING_BYTES
+    if n > MOST_IN_RING or _slices(step) > 1 or small:
+        return REDUCE, 1
+    return SCATTER, (n + 1) / (n - 1)
+
+
+def _gathers(shape: Shape, step: Step, weight: Weight) -> float:
+    """How often a parameter is gathered along FSDP in a step.
+
+    A matrix of a layer is so in each pass, and where it is computed again once more for its own
+    gradient, if a whole part of the block lies between: attention, or its experts. A pipeline keeps
+    it for both. A table is used once in either pass, with nothing between that would make a device
+    forget it, so it is gathered once; but a program of several slices does so for each of its uses.
+    """
+    if not weight.layered:
+        twice = weight.name == 'embedding' and shape.tied and _slices(step) > 1
+        return (1 + twice) * step.accumulate
+    far = ('qkv', 'out') if shape.routing.experts else ('qkv',)
+    again = weight.makes in far and weight.makes in recomputed(shape, step.saved)
+    return (2 + (again and step.stages == 1)) * visits(shape, step)
+
+
+def _gradient(shape: Shape, step: Step, weight: Weight) -> Iterable[tuple[str, tuple, float]]:
+    """Yields how a gradient is summed: a kind of exchange, its axes, the bytes that a group has.
+
+    Layers' matrices have gradients of the computation's type; norms and biases, float32, are summed
+    whole at once.
+    """
+    held = numbers(step, weight)
+    # An expert's gradient is of all rows that came to it; of all else, every row has its part.
+    rows = (DATA, CONTEXT) if 'experts' in weight.axes else (DATA, EXPERT, CONTEXT)
+    if len(weight.sizes) == 1:
+        everywhere = (*rows, FSDP) if 'heads' in weight.axes else (*rows, FSDP, TENSOR)
+        yield REDUCE, everywhere, 4 * held
+    elif weight.layered:
+        kind, turns = spread(step, weight)
+        yield kind, (FSDP,), step.item * held * turns
+        # What is published of GPUs sums what has accumulated, in float32.
+        item = step.item if step.topology.hardware.is_tpu else 4
+        yield REDUCE, rows, item * held / step.size(FSDP)
+    elif weight.name == 'embedding' and shape.tied:
+        # Its uses, each by itself.
+        yield from _table(step, rows, held, read=True)
+        yield from _table(step, rows, held, read=False)
+    else:
+        yield from _table(step, rows, held, read=weight.name != 'output')
+
+
+def _table(
+    step: Step, rows: tuple[str, ...], held: float, *, read: bool
+) -> Iterable[tuple[str, tuple, float]]:
+    """How the gradient of a table is summed that rows are read of, or that makes logits.
+
+    Logits are made of equal parts of the rows by all stages of a pipeline.
+    """
+    rows = rows if read else (*rows, STAGE)
+    near = step.topology.hardware.is_tpu and _slices(step) == 1 and step.size(TENSOR) == 1
+    if near and step.size(FSDP) > 1 and (step.size(*rows) > 1 or _no_scatter(step)):
+        yield REDUCE, (*rows, FSDP), held * (4 if read else step.item)
+        return
+    alone = step.size(FSDP) == 1 or step.stages > 1
+    held *= step.item if alone and not read else 4
+    yield REDUCE if read and _no_scatter(step) else SCATTER, (FSDP,), held
+    yield REDUCE, rows, held / step.size(FSDP)
+
+
+def numbers(step: Step, weight: Weight) -> float:
+    """Returns what of a parameter a group along the FSDP axis holds together."""
+    return weight.elements / step.shards(tuple(axis for axis in weight.axes if axis != 'embed'))
+
+
+def _sums(shape: Shape, step: Step, weight: Weight, axes: tuple[str, ...]) -> float:
+    """How often a gradient is summed along some axes in a step.
+
+    Along FSDP wherever it is made. Along others a stage does so when all its microbatches are done,
+    and GPUs when all is accumulated.
+    """
+    if axes == (FSDP,):
+        return visits(shape, step) if weight.layered else step.accumulate
+    layers = shape.layers / step.stages if weight.layered else 1
+    return layers * step.accumulate if step.topology.hardware.is_tpu else layers
+
+
+def parameters(shape: Shape, step: Step) -> Iterable[Collective]:
+    """FSDP: parameters gathered for either pass, gradients spread; all others: gradients summed."""
+    gathered = gathers = 0.0
+    summed: dict[tuple[str, tuple], list[float]] = {}
+    for weight in shape.weights():
+        if 'embed' in weight.axes:
+            count = _gathers(shape, step, weight)
+            item = 4 if len(weight.sizes) == 1 else step.item
+            gathers += count
+            gathered += count * item * numbers(step, weight)
+        for kind, axes, whole in _gradient(shape, step, weight):
+            count = _sums(shape, step, weight, axes)
+            axes = tuple(axis for axis in axes if step.size(axis) > 1)
+            total = summed.setdefault((kind, axes), [0.0, 0.0])
+            total[0] += whole * count
+            total[1] += count
+    if gathers:
+        yield from exchange(step, GATHER, (FSDP,), gathered / gathers, gathers, 'parameters')
+    for (kind, axes), (whole, count) in summed.items():
+        # Sums along the others are few: the compiler puts them together.
+        count = count if axes == (FSDP,) else 1
+        yield from exchange(step, kind, axes, whole / count, count, 'gradients')

@@ -146,6 +146,19 @@ def test_a_step_of_a_pipeline_is_one_permute_and_no_other_collective():
     assert not {'all-gather', 'all-to-all'} & set(elsewhere)
 
 
+def test_the_gradient_of_what_leaves_the_last_stage_needs_no_permute():
+    """The transpose that JAX finds for taking the last stage's part pads it, by one more."""
+    plan = Schedule(stages=4, rounds=1, layers=2, microbatches=8)
+
+    def run(*given):
+        return jnp.sum(jnp.sin(pipeline(layer, *given, schedule=plan)[0]))
+
+    mesh, given = sharding.make_mesh('stage=4,tensor=2'), arguments(8)
+    compiled = [on(mesh, function, *given)[0] for function in (run, jax.grad(run))]
+    forward, both = (collectives(each.as_text())[1]['collective-permute'] for each in compiled)
+    assert forward == both == 1
+
+
 def test_layers_change_places_once_where_the_schedule_is_circular():
     plan = Schedule(stages=4, rounds=2, layers=1, microbatches=8)
     assert plan.steps == 8 * 2 + 3

@@ -72,7 +72,7 @@ def _gradient(shape: Shape, step: Step, weight: Weight) -> Iterable[tuple[str, t
     Layers' matrices have gradients of the computation's type; norms and biases, float32, are summed
     whole at once.
     """
-    held = numbers(step, weight)
+    held, split = numbers(step, weight), step.size(FSDP) > 1
     # An expert's gradient is of all rows that came to it; of all else, every row has its part.
     rows = (DATA, CONTEXT) if 'experts' in weight.axes else (DATA, EXPERT, CONTEXT)
     if len(weight.sizes) == 1:
@@ -84,7 +84,7 @@ def _gradient(shape: Shape, step: Step, weight: Weight) -> Iterable[tuple[str, t
         # What is published of GPUs sums what has accumulated, in float32.
         item = step.item if step.topology.hardware.is_tpu else 4
         yield REDUCE, rows, item * held / step.size(FSDP)
-    elif weight.name == 'embedding' and shape.tied:
+    elif weight.name == 'embedding' and shape.tied and (split or step.topology.hardware.is_tpu):
         # Its uses, each by itself.
         yield from _table(step, rows, held, read=True)
         yield from _table(step, rows, held, read=False)

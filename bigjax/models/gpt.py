@@ -13,9 +13,10 @@ import jax
 from bigjax.models.decoder import Cache, DecoderLM, attend, logits, positions
 from bigjax.nn.activations import gelu
 from bigjax.nn.attention import Implementation, KeyValue, check_heads, split_projections
-from bigjax.nn.constrain import constrain, enter, leave, look_up
+from bigjax.nn.constrain import constrain, enter, leave
 from bigjax.nn.context import laid_out
 from bigjax.nn.linear import Dense
+from bigjax.nn.look_up import look_up
 from bigjax.nn.moe import DENSE, MoE, Routing
 from bigjax.nn.norm import LayerNorm
 from bigjax.nn.stack import stack, stacked_rules

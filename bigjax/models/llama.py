@@ -13,8 +13,9 @@ import jax
 from bigjax.experiment import UsageError
 from bigjax.models.decoder import Cache, DecoderLM, attend, logits, positions
 from bigjax.nn.attention import Implementation, KeyValue, check_heads
-from bigjax.nn.constrain import constrain, enter, leave, look_up
+from bigjax.nn.constrain import constrain, enter, leave
 from bigjax.nn.linear import Dense
+from bigjax.nn.look_up import look_up
 from bigjax.nn.moe import DENSE, MoE, Routing
 from bigjax.nn.norm import RMSNorm
 from bigjax.nn.rotary import RotaryScaling, frequencies, rotate, rotation
@@ -89,7 +90,7 @@ class Attention(nn.Module):
             constrain(x, 'batch', 'length', 'heads', None) for x in (q_BTHD, k_BTKD, v_BTKD)
         )
         o_BTHD, kv = attend(q_BTHD, k_BTKD, v_BTKD, kv, start_B, self.impl, self.context)
-        return dense(C, in_dims=2, name='out')(o_BTHD), kv
+        return dense(C, in_dims=2, reads='heads', name='out')(o_BTHD), kv
 
 
 class MLP(nn.Module):
@@ -112,7 +113,7 @@ class MLP(nn.Module):
         )
         features = {'gate': self.hidden, 'up': self.hidden}
         gate_BTM, up_BTM = together(dense, x_BTC, 'mlp', features)
-        return dense(x_BTC.shape[-1], name='down')(nn.silu(gate_BTM) * up_BTM)
+        return dense(x_BTC.shape[-1], reads='mlp', name='down')(nn.silu(gate_BTM) * up_BTM)
 
 
 class Block(nn.Module):

@@ -7,7 +7,6 @@ import functools
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from bigjax.sharding import activation_spec
 
@@ -47,7 +46,6 @@ def parts(name: str, size: int) -> int:
 
 
 def _large(mesh: Any) -> bool:
-    """Returns whether the compiler has anything to place."""
     kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
     return any(mesh.shape[a] > 1 for a, kind in kinds if kind == jax.sharding.AxisType.Auto)
 
@@ -56,7 +54,7 @@ def both_ways(
     x: jax.Array, there: tuple[str | None, ...], back: tuple[str | None, ...]
 ) -> jax.Array:
     """Returns `x` as `constrain` places it by the names `there`, its gradient by those `back`."""
-    return _both_ways(x, there, back) if _mesh_is_large() else x
+    return _both_ways(x, there, back) if mesh_is_large() else x
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
@@ -89,7 +87,8 @@ def leave(x_BTC: jax.Array) -> jax.Array:
     return both_ways(x_BTC, ('batch', 'sequence', None), ('batch', 'length', None))
 
 
-def _mesh_is_large() -> bool:
+def mesh_is_large() -> bool:
+    """Returns whether a mesh is set on which the compiler has anything to place."""
     return _large(jax.sharding.get_abstract_mesh())
 
 
@@ -99,38 +98,3 @@ def gather_width(table_VC: jax.Array) -> jax.Array:
     It is gathered in the type that it has here; its gradient is scattered.
     """
     return constrain(constrain(table_VC, 'vocab', 'embed'), 'vocab', None)
-
-
-def look_up(embedding_VC: jax.Array, tokens_BT: jax.Array, dtype: Any) -> jax.Array:
-    """Returns the rows [B, T, C] of tokens in `dtype`, placed as between blocks.
-
-    The gradient sums in the table's type. On a mesh the table is gathered along C in `dtype` and
-    stays split along V, so that each device adds up only rows of its own.
-    """
-    if not _mesh_is_large():
-        return jnp.take(embedding_VC, tokens_BT, axis=0).astype(dtype)
-    return _rows(embedding_VC, tokens_BT, jnp.dtype(dtype))
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _rows(embedding_VC: jax.Array, tokens_BT: jax.Array, dtype: Any) -> jax.Array:
-    table_VC = gather_width(embedding_VC.astype(dtype))
-    x_BTC = jnp.take(table_VC, constrain(tokens_BT, 'batch', 'length'), axis=0)
-    return constrain(constrain(x_BTC, 'batch', 'length', None), 'batch', 'sequence', None)
-
-
-def _rows_fwd(embedding_VC: jax.Array, tokens_BT: jax.Array, dtype: Any):
-    empty = jnp.zeros((embedding_VC.shape[0], 0), embedding_VC.dtype)  # Tells size and type.
-    return _rows(embedding_VC, tokens_BT, dtype), (empty, tokens_BT)
-
-
-def _rows_bwd(dtype: Any, residuals: Any, dx_BTC: jax.Array):
-    empty, tokens_BT = residuals
-    dx_BTC = constrain(dx_BTC, 'batch', 'length', None).astype(empty.dtype)
-    zeros_VC = jnp.zeros((empty.shape[0], dx_BTC.shape[-1]), empty.dtype)
-    tokens_BT = constrain(tokens_BT, 'batch', 'length')
-    sums_VC = constrain(zeros_VC, 'vocab', None).at[tokens_BT].add(dx_BTC)
-    return constrain(constrain(sums_VC, 'vocab', None), 'vocab', 'embed'), None
-
-
-_rows.defvjp(_rows_fwd, _rows_bwd)

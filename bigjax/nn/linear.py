@@ -4,6 +4,7 @@ Legend: N rows (all leading dimensions flattened), I inputs, O outputs, C width,
 V vocabulary.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -13,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from bigjax.nn.constrain import constrain, parts
 from bigjax.nn.rows import rows
 from bigjax.strategy import Matmul
 
@@ -38,6 +40,8 @@ class Dense(nn.Module):
       kernel_init: initializer, called with the flattened shape (inputs, outputs).
       bias_init: initializer of the bias.
       matmul: precision of the product: 'default' is `dtype`; see `bigjax.nn.quantized`.
+      reads: name in `bigjax.sharding.ACTIVATIONS` of the first input dimension where a mesh splits
+        it, so that the output is a sum over devices: 'heads', 'mlp'.
       joined: no gradient reaches the input from the product: `bigjax.nn.together` adds it.
     """
 
@@ -49,6 +53,7 @@ class Dense(nn.Module):
     kernel_init: Callable[..., jax.Array] = nn.initializers.lecun_normal()
     bias_init: Callable[..., jax.Array] = nn.initializers.zeros_init()
     matmul: Matmul = 'default'
+    reads: str | None = None
     joined: bool = False
 
     @nn.compact
@@ -70,7 +75,10 @@ class Dense(nn.Module):
         x = x.reshape(*rows(lead), flat[0])
         if self.joined:
             x = jax.lax.stop_gradient(x)
-        y = _product(x, kernel.reshape(flat), self.matmul)
+        if _is_scattered(lead, inputs[0], self.reads) and self.matmul == 'default':
+            y = _product_of_parts(x, kernel, self.reads)
+        else:
+            y = _product(x, kernel.reshape(flat), self.matmul)
         if bias is not None:
             y += bias.reshape(*(1,) * (y.ndim - 1), flat[1])
         # The name is for `bigjax.nn.remat`.
@@ -85,6 +93,39 @@ def _product(x: jax.Array, w_IO: jax.Array, matmul: Matmul) -> jax.Array:
     from bigjax.nn.quantized import quantized_matmul
 
     return quantized_matmul(x, w_IO, matmul)
+
+
+def _is_scattered(lead: tuple[int, ...], size: int, reads: str | None) -> bool:
+    """Returns whether devices split the inputs and what they add up to is split by positions."""
+    if reads is None or len(lead) < 2:
+        return False
+    return parts(reads, size) > 1 and parts('sequence', lead[1]) > 1
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _product_of_parts(x: jax.Array, kernel: jax.Array, reads: str) -> jax.Array:
+    """Returns x [..., I] times a kernel of which a device holds rows, these at their whole width.
+
+    Left to itself the compiler gathers all positions of `x` instead, where FSDP splits the width
+    and a context axis the positions, and every device computes what another does too. For the
+    gradient the kernel is gathered once more, not kept.
+    """
+    return x @ _whole(kernel, reads, x.shape[-1])
+
+
+def _product_backward(reads: str, residuals: tuple[jax.Array, jax.Array], g: jax.Array):
+    x, kernel = residuals
+    dw_IO = jnp.einsum('...i,...o->io', x, g)
+    return g @ _whole(kernel, reads, x.shape[-1]).T, dw_IO.reshape(kernel.shape)
+
+
+_product_of_parts.defvjp(
+    lambda x, kernel, reads: (_product_of_parts(x, kernel, reads), (x, kernel)), _product_backward
+)
+
+
+def _whole(kernel: jax.Array, reads: str, inputs: int) -> jax.Array:
+    return constrain(kernel, reads, *[None] * (kernel.ndim - 1)).reshape(inputs, -1)
 
 
 def embedding_logits(

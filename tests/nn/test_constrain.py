@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from bigjax import sharding
-from bigjax.nn.constrain import constrain, enter, leave, look_up
+from bigjax.nn.constrain import constrain, enter, leave
 
 B, T, C, M, V = 8, 16, 32, 64, 128
 
@@ -105,28 +105,3 @@ def test_an_mlp_gathers_and_scatters_its_activations_once_each_way():
     assert kinds.count('all-reduce') + kinds.count('reduce-scatter') == 2
     assert 2 <= kinds.count('all-gather') <= 3
     assert {size for _, size in found} <= {B * T * C // 2, B * T * C // 8}
-
-
-@pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
-def test_a_look_up_on_a_mesh_is_that_of_one_device(dtype):
-    table_VC, tokens_BT = normal(V, C), jax.random.randint(jax.random.key(0), (B, T), 0, V)
-    weight_BTC = normal(B, T, C, seed=1)
-
-    def step(table_VC, tokens_BT):
-        def loss(table_VC):
-            x_BTC = look_up(table_VC, tokens_BT, dtype)
-            return jnp.sum(x_BTC * weight_BTC.astype(dtype)), x_BTC
-
-        return jax.grad(loss, has_aux=True)(table_VC)
-
-    want = jax.jit(step)(table_VC, tokens_BT)
-    with mesh():
-        args = placed(table_VC, 'tensor', 'fsdp'), placed(tokens_BT, 'fsdp')
-        got = jax.jit(step, out_shardings=(args[0].sharding, None))(*args)
-        found = collectives(step, *args)
-    assert [x.dtype for x in got] == [jnp.float32, dtype]
-    np.testing.assert_allclose(got[0], want[0], rtol=1e-5, atol=1e-5)
-    np.testing.assert_array_equal(got[1], want[1])
-    # No device ever holds the whole table, nor its gradient, nor all rows of the batch.
-    assert max(size for _, size in found) <= max(V // 4 * C, B // 2 * T * C)
-    assert not [c for c in found if c[0] == 'all-to-all']

@@ -1,10 +1,14 @@
 """Dense: value against einsum, shapes, and what it refuses; an embedding's logits."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from program import collectives
 
+from bigjax import sharding
+from bigjax.nn.constrain import constrain, leave
 from bigjax.nn.linear import Dense, embedding_logits
 
 
@@ -72,3 +76,59 @@ def test_no_gradient_of_the_output_layer_waits_for_what_follows_it():
         *(jax.grad(f, (0, 1))(x_NC, table_VC) for f in (loss, plain)), strict=True
     ):
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+
+
+class Added(nn.Module):
+    """What a half of a block adds to the stream, B 8, T 16, C 32, from M 64 split by heads or so."""
+
+    reads: str | None
+    in_dims: int = 1
+
+    @nn.compact
+    def __call__(self, h):
+        h = constrain(jnp.sin(h), 'batch', 'length', 'mlp', *[None] * (self.in_dims - 1))
+        return leave(Dense(32, in_dims=self.in_dims, reads=self.reads, use_bias=False)(h))
+
+
+def added(reads, shape):
+    model = Added(reads, len(shape) - 2)
+    h = jax.random.normal(jax.random.key(1), shape)
+
+    def step(params, h):
+        loss = lambda params, h: jnp.sum(jnp.sin(model.apply({'params': params}, h)))  # noqa: E731
+        return jax.value_and_grad(loss, (0, 1))(params, h)
+
+    return step, model.init(jax.random.key(0), h)['params'], h
+
+
+@pytest.mark.parametrize('shape', [(8, 16, 64), (8, 16, 8, 8)])
+def test_a_kernel_that_the_mesh_splits_is_gathered_and_no_position_is(shape):
+    mesh = sharding.make_mesh('fsdp=2,context=2,tensor=2')
+    where = lambda *spec: jax.NamedSharding(mesh, jax.P(*spec))  # noqa: E731
+    most = {}
+    for reads in ('mlp', None):
+        step, params, h = added(reads, shape)
+        want = jax.jit(step)(params, h)
+        kernel = where('tensor', *[None] * (len(shape) - 3), 'fsdp')
+        args = (
+            jax.tree.map(lambda w, at=kernel: jax.device_put(w, at), params),
+            jax.device_put(h, where('fsdp', 'context', 'tensor')),
+        )
+        with jax.set_mesh(mesh):
+            compiled = jax.jit(step, out_shardings=(None, (kernel, args[1].sharding)))
+            text = compiled.lower(*args).compile().as_text()
+            jax.tree.map(
+                lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4),
+                compiled(*args),
+                want,
+            )
+        most[reads] = max(size for _, size in collectives(text))
+    # A device's float32 part of what is added, 4 rows of 8 positions before they are spread.
+    assert most['mlp'] == 4 * 8 * 32 * 4 < most[None]
+
+
+def test_where_nothing_is_spread_the_product_is_the_plain_one():
+    step, params, h = added('mlp', (8, 1, 64))  # One position, as when tokens are decoded.
+    plain, *_ = added(None, (8, 1, 64))
+    with jax.set_mesh(sharding.make_mesh('fsdp=2,context=2,tensor=2')):
+        assert str(jax.make_jaxpr(step)(params, h)) == str(jax.make_jaxpr(plain)(params, h))

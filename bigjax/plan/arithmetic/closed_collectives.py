@@ -26,19 +26,28 @@ def _tensor(shape: Shape, step: Step) -> Iterable[Collective]:
 
     Korthikanti et al. 2022, §4.2.2. Backward as often, the other way round; where blocks compute
     again, what was gathered is gathered again for the gradients of the matrices, and what attention
-    adds is spread again, if it was not kept.
+    adds is spread again, if it was not kept. Experts' outputs, and the gradients of what they read,
+    are spread along the width before they travel; a token's sum changes to positions then, and back
+    for the gradient, which is gathered once more.
     """
     again = recomputed(shape, step.saved)
     stream = step.tokens / step.parts * shape.width * step.item
     times = visits(shape, step)
-    gathers = (4 if step.saved is None else 6) * times
-    scatters = (4 + ('out' in again)) * times
+    experts = bool(shape.routing.experts)
+    gathers = (4 + experts if step.saved is None else 6 + experts) * times
+    scatters = (4 - 2 * experts + ('out' in again)) * times
     # And behind the embedding and before the output layer, each with a gradient; that of float32
     # logits is float32. Stages of a pipeline make the logits of a part each.
     first, last = step.parts * step.accumulate, step.parts * step.accumulate / step.stages
     wide = first + 4 / step.item * last
     yield from exchange(step, GATHER, (TENSOR,), stream, gathers + first + last, 'activations')
     yield from exchange(step, SCATTER, (TENSOR,), stream, scatters + wide, 'activations')
+    if experts:
+        yield from exchange(
+            step, SWAP, (TENSOR,), stream / step.size(TENSOR), 2 * times, 'activations'
+        )
+        passes = (2 if step.saved is None else 3) * times
+        yield from exchange(step, SCATTER, (TENSOR,), _slots(shape, step), passes, 'tokens')
     if shape.split_vocab:
         # Of every token the largest logit, the sum of exponentials and the label's.
         sums = 3 * 4 * step.tokens / step.parts
@@ -58,23 +67,32 @@ def _context(shape: Shape, step: Step) -> Iterable[Collective]:
         )
         yield from exchange(step, SCATTER, (CONTEXT,), whole * 4, times, 'keys')
         return
-    # Backward they go one place further than they need, so that sending is ahead of computing.
-    keys = (forward * (n - 1) + n) * times
+    # Backward they go one place further than they need, so that sending is ahead of computing; but
+    # of two devices the compiler sees that nobody needs it.
+    keys = (forward * (n - 1) + (n if n > 2 else 1)) * times
     yield from exchange(step, PASS, (CONTEXT,), numbers * step.item, keys, 'keys')
     # On their last way, home, gradients are rounded before they are sent.
     sums = ((n - 1) * 4 + step.item) / n
     yield from exchange(step, PASS, (CONTEXT,), numbers * sums, n * times, 'gradients')
 
 
+def _slots(shape: Shape, step: Step) -> float:
+    """Returns the bytes of a device's tokens in the slots of all experts."""
+    slots = shape.routing.experts * shape.routing.capacity(step.length) / step.length
+    return step.tokens / step.parts * slots * shape.width * step.item
+
+
 def _experts(shape: Shape, step: Step) -> Iterable[Collective]:
-    """Tokens to their experts and back; both ways again for the gradient, and to compute again."""
-    routing = shape.routing
-    if not routing.experts:
+    """Tokens to their experts and back; both ways again for the gradient, and to compute again.
+
+    What experts give, and the gradient of what they read, is split along the width.
+    """
+    if not shape.routing.experts:
         return
-    slots = routing.experts * routing.capacity(step.length) / step.length
-    whole = step.tokens / step.parts * slots * shape.width * step.item
-    swaps = (4 if step.saved is None else 6) * visits(shape, step)
-    yield from exchange(step, SWAP, (EXPERT,), whole, swaps, 'tokens')
+    passes = (2 if step.saved is None else 3) * visits(shape, step)
+    whole = _slots(shape, step)
+    yield from exchange(step, SWAP, (EXPERT,), whole, passes, 'tokens')
+    yield from exchange(step, SWAP, (EXPERT,), whole / step.size(TENSOR), passes, 'tokens')
 
 
 def _pipeline(shape: Shape, step: Step) -> Iterable[Collective]:

@@ -99,15 +99,19 @@ def _table(
 
     Logits are made of equal parts of the rows by all stages of a pipeline.
     """
-    rows = rows if read else (*rows, STAGE)
-    near = step.topology.hardware.is_tpu and _slices(step) == 1 and step.size(TENSOR) == 1
-    if near and step.size(FSDP) > 1 and (step.size(*rows) > 1 or _no_scatter(step)):
-        yield REDUCE, (*rows, FSDP), held * (4 if read else step.item)
+    split = step.size(FSDP)
+    if read:  # `bigjax.nn.look_up` says what is sent.
+        yield REDUCE if _no_scatter(step) else SCATTER, (FSDP,), 4 * held
+        yield REDUCE, rows, 4 * held / split
         return
-    alone = step.size(FSDP) == 1 or step.stages > 1
-    held *= step.item if alone and not read else 4
-    yield REDUCE if read and _no_scatter(step) else SCATTER, (FSDP,), held
-    yield REDUCE, rows, held / step.size(FSDP)
+    rows = (*rows, STAGE)
+    near = step.topology.hardware.is_tpu and _slices(step) == 1
+    if near and split > 1 and (step.size(*rows) > 1 or _no_scatter(step)):
+        yield REDUCE, (*rows, FSDP), step.item * held
+        return
+    held *= step.item if split == 1 or step.stages > 1 else 4
+    yield SCATTER, (FSDP,), held
+    yield REDUCE, rows, held / split
 
 
 def numbers(step: Step, weight: Weight) -> float:

@@ -79,7 +79,7 @@ def test_no_gradient_of_the_output_layer_waits_for_what_follows_it():
 
 
 class Added(nn.Module):
-    """What a half of a block adds to the stream, B 8, T 16, C 32, from M 64 split by heads or so."""
+    """What half a block adds to the stream: B 8, T 16, C 32, of M 64, in heads or not."""
 
     reads: str | None
     in_dims: int = 1

@@ -240,9 +240,11 @@ def test_tensor_gathers_and_spreads_the_stream_around_every_half_of_a_block():
 
 def test_data_sums_what_one_device_holds_of_the_gradients():
     found = sent(SHAPE, step('data=4,fsdp=4'), 'data')
-    assert found == {('all-reduce', 'gradients'): 2 * 3 / 4 * 2 * MATRICES / 4}
-    # Norms, and tables, whose gradients are float32 or bfloat16.
-    whole = (2 * 4 + 1) * 64 * 4 + 256 * 64 * (4 + 2)
+    # That of the look-up is float32, and scattered before.
+    parts = (2 * MATRICES + 256 * 64 * 4) / 4
+    assert found == {('all-reduce', 'gradients'): 2 * 3 / 4 * parts}
+    # Norms, and the table that makes logits.
+    whole = (2 * 4 + 1) * 64 * 4 + 256 * 64 * 2
     found = sent(SHAPE, step('data=4,fsdp=4'), 'data', 'fsdp')
     assert found == {('all-reduce', 'gradients'): 2 * 15 / 16 * whole}
 
@@ -260,6 +262,30 @@ def test_context_moves_keys_and_values(context):
         assert found['all-gather', 'keys'] == 4 * 2 * 3 * numbers * 2
         assert found['reduce-scatter', 'keys'] == 4 * 3 * numbers * 4
     assert found['all-reduce', 'gradients'] > 0
+
+
+def test_of_two_devices_keys_go_only_where_they_are_needed():
+    how = step('fsdp=8,context=2', context='ring', saved=frozenset({'context', 'qkv'}))
+    numbers = 64 / 8 * 128 / 2 * 2 * 4 * 16
+    found = sent(SHAPE, how, 'context')
+    assert found['collective-permute', 'keys'] == 4 * (1 + 1) * numbers * 2
+    assert found['collective-permute', 'gradients'] == 4 * numbers * (4 + 2)
+
+
+def test_experts_that_a_tensor_axis_splits_spread_what_they_give_before_it_travels():
+    shape = dataclasses.replace(SHAPE, routing=Routing(experts=4, capacity_factor=1.5))
+    how = step('fsdp=4,expert=2,tensor=2', saved=None)
+    stream, slots = 64 / 8 * 128 * 64 * 2, 4 * math.ceil(1.5 * 128 * 2 / 4)
+    whole = 64 / 8 * slots * 64 * 2
+    # There whole and back by halves; for the gradient likewise.
+    found = sent(shape, how, 'expert')['all-to-all', 'tokens']
+    assert found == 4 * 2 * (whole + whole / 2) / 2
+    found = sent(shape, how, 'tensor')
+    assert found['reduce-scatter', 'tokens'] == 4 * 2 * whole / 2
+    # Attention's half as without experts, one in float32 of the logits and one of the look-up.
+    assert found['reduce-scatter', 'activations'] == (2 * 4 + 3) * stream / 2
+    assert found['all-to-all', 'activations'] == 2 * 4 * stream / 2 / 2
+    assert found['all-gather', 'activations'] == (5 * 4 + 2) * stream / 2
 
 
 def test_experts_exchange_the_slots_of_their_tokens():

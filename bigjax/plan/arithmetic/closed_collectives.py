@@ -67,9 +67,9 @@ def _context(shape: Shape, step: Step) -> Iterable[Collective]:
         )
         yield from exchange(step, SCATTER, (CONTEXT,), whole * 4, times, 'keys')
         return
-    # Backward they go one place further than they need, so that sending is ahead of computing. Of two
-    # devices the compiler sees that nobody needs that, and what is computed again has the keys of
-    # the backward pass.
+    # Backward they go one place further than they need, so that sending is ahead of computing. Of
+    # two devices the compiler sees that nobody needs that, and what is computed again has the keys
+    # of the backward pass.
     keys = 2 * times if n == 2 else (forward * (n - 1) + n) * times
     yield from exchange(step, PASS, (CONTEXT,), numbers * step.item, keys, 'keys')
     # On their last way, home, gradients are rounded before they are sent.

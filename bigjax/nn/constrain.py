@@ -45,9 +45,14 @@ def parts(name: str, size: int) -> int:
     return size // jax.NamedSharding(mesh, spec).shard_shape((size,))[0]
 
 
-def _large(mesh: Any) -> bool:
+def free_axes(mesh: Any) -> set[str]:
+    """Returns the axes that no `jax.shard_map` around has taken: the compiler places along them."""
     kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
-    return any(mesh.shape[a] > 1 for a, kind in kinds if kind == jax.sharding.AxisType.Auto)
+    return {axis for axis, kind in kinds if kind == jax.sharding.AxisType.Auto}
+
+
+def _large(mesh: Any) -> bool:
+    return any(mesh.shape[axis] > 1 for axis in free_axes(mesh))
 
 
 def both_ways(

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from bigjax.nn.constrain import constrain, mesh_is_large
+from bigjax.nn.constrain import constrain, free_axes, mesh_is_large
 from bigjax.sharding import activation_spec
 
 Axes = tuple[str, ...]
@@ -84,9 +84,7 @@ def _own(tokens_BT: jax.Array, rows: int, vocab: Axes) -> jax.Array:
 
 
 def _mapped(local: Any, inputs: tuple[jax.P, jax.P], output: jax.P) -> Any:
-    mesh = jax.sharding.get_abstract_mesh()
-    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
-    free = {axis for axis, kind in kinds if kind == jax.sharding.AxisType.Auto}
+    free = free_axes(jax.sharding.get_abstract_mesh())
     return jax.shard_map(local, in_specs=inputs, out_specs=output, axis_names=free, check_vma=False)
 
 
@@ -122,7 +120,7 @@ def _rows_backward(dtype: Any, residuals: tuple[jax.Array, jax.Array], dx_BTC: j
     rest = tuple(a for a in (*at.batch, *at.read) if not (scatters and a in at.width))
 
     def local(dx_BTC: jax.Array, tokens_BT: jax.Array) -> jax.Array:
-        if at.spread and at.vocab:
+        if at.spread:
             dx_BTC = jax.lax.all_gather(dx_BTC, at.spread, axis=1, tiled=True)
         rows = empty.shape[0] // jax.lax.axis_size(at.vocab) if at.vocab else empty.shape[0]
         sums_VC = jnp.zeros((rows, dx_BTC.shape[-1]), empty.dtype)

@@ -1,6 +1,6 @@
 """Constraints: they change no value, place what they name, and cost the collectives they should.
 
-Legend: B batch, T positions, C width, M hidden width, V vocabulary.
+Legend: B batch, T positions, C width, M hidden width.
 """
 
 import re
@@ -13,7 +13,7 @@ import pytest
 from bigjax import sharding
 from bigjax.nn.constrain import constrain, enter, leave
 
-B, T, C, M, V = 8, 16, 32, 64, 128
+B, T, C, M = 8, 16, 32, 64
 
 
 def mesh(text='fsdp=2,tensor=4'):

@@ -22,7 +22,7 @@ def normal(*shape, seed=0):
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
 
 
-def with_gradient(tokens_BT, dtype, rows=B):
+def with_gradient(dtype, rows=B):
     weight_BTC = normal(rows, T, C, seed=1)
 
     def step(table_VC, tokens_BT):
@@ -55,7 +55,7 @@ MESHES = (
 @pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
 def test_on_a_mesh_it_is_that_of_one_device(text, dtype):
     table_VC, tokens_BT = normal(V, C), jax.random.randint(jax.random.key(0), (B, T), 0, V)
-    step = with_gradient(tokens_BT, dtype)
+    step = with_gradient(dtype)
     want = jax.jit(step)(table_VC, tokens_BT)
     with jax.set_mesh(sharding.make_mesh(text)):
         args = placed(table_VC, 'vocab', 'embed'), placed(tokens_BT, 'batch', 'length')
@@ -72,15 +72,21 @@ def test_on_a_mesh_it_is_that_of_one_device(text, dtype):
     most = max(V // size('tensor') * C, B * T * C // size('data', 'fsdp', 'expert', 'context'))
     found = re.findall(rf'= (.*?) ({KINDS})(?:-start)?\(', compiled.as_text())
     assert {kind for _, kind in found} <= {'all-gather', 'all-reduce', 'reduce-scatter'}
-    for shapes, _ in found:
+    sums = []
+    for shapes, kind in found:
         dims = [[int(n) for n in s.split(',') if n] for s in re.findall(r'\w+\[([\d,]*)\]', shapes)]
         assert max(int(np.prod(shape)) for shape in dims) <= most
+        sums += [
+            shape for shape in dims if kind == 'all-reduce' and shape[:1] == [V // size('tensor')]
+        ]
+    # The gradient is scattered along FSDP before anyone else adds to it.
+    assert all(columns == C // size('fsdp') for _, columns in sums)
 
 
 @pytest.mark.parametrize('rows', [1, 3])
 def test_rows_that_no_mesh_divides_have_rows_and_gradients_too(rows):
     table_VC, tokens_BT = normal(V, C), jax.random.randint(jax.random.key(0), (rows, T), 0, V)
-    step = with_gradient(tokens_BT, jnp.float32, rows)
+    step = with_gradient(jnp.float32, rows)
     want = jax.jit(step)(table_VC, tokens_BT)
     with jax.set_mesh(sharding.make_mesh('fsdp=2,context=2,tensor=2')):
         got = jax.jit(step)(placed(table_VC, 'vocab', 'embed'), tokens_BT)

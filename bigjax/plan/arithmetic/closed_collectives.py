@@ -46,8 +46,7 @@ def _tensor(shape: Shape, step: Step) -> Iterable[Collective]:
         yield from exchange(
             step, SWAP, (TENSOR,), stream / step.size(TENSOR), 2 * times, 'activations'
         )
-        passes = (2 if step.saved is None else 3) * times
-        yield from exchange(step, SCATTER, (TENSOR,), _slots(shape, step), passes, 'tokens')
+        yield from exchange(step, SCATTER, (TENSOR,), *_slots(shape, step), 'tokens')
     if shape.split_vocab:
         # Of every token the largest logit, the sum of exponentials and the label's.
         sums = 3 * 4 * step.tokens / step.parts
@@ -77,10 +76,11 @@ def _context(shape: Shape, step: Step) -> Iterable[Collective]:
     yield from exchange(step, PASS, (CONTEXT,), numbers * sums, n * times, 'gradients')
 
 
-def _slots(shape: Shape, step: Step) -> float:
-    """Returns the bytes of a device's tokens in the slots of all experts."""
+def _slots(shape: Shape, step: Step) -> tuple[float, float]:
+    """Returns the bytes of a device's tokens in the slots of all experts, and how often they go."""
     slots = shape.routing.experts * shape.routing.capacity(step.length) / step.length
-    return step.tokens / step.parts * slots * shape.width * step.item
+    passes = (2 if step.saved is None else 3) * visits(shape, step)
+    return step.tokens / step.parts * slots * shape.width * step.item, passes
 
 
 def _experts(shape: Shape, step: Step) -> Iterable[Collective]:
@@ -90,8 +90,7 @@ def _experts(shape: Shape, step: Step) -> Iterable[Collective]:
     """
     if not shape.routing.experts:
         return
-    passes = (2 if step.saved is None else 3) * visits(shape, step)
-    whole = _slots(shape, step)
+    whole, passes = _slots(shape, step)
     yield from exchange(step, SWAP, (EXPERT,), whole, passes, 'tokens')
     yield from exchange(step, SWAP, (EXPERT,), whole / step.size(TENSOR), passes, 'tokens')
 

@@ -9,8 +9,12 @@ meets both; the medians are printed, and their ratio.
 import statistics
 import sys
 import time
+from pathlib import Path
 
 import jax
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
 import same_model
 
 from bigjax import sharding

@@ -99,7 +99,9 @@ class Attention(nn.Module):
             constrain(x, 'batch', 'length', 'heads', None) for x in split_projections(qkv)
         )
         o_BTHD, kv = attend(q_BTHD, k_BTHD, v_BTHD, kv, start_B, self.impl, self.context)
-        out = Dense(C, in_dims=2, kernel_init=self.out_init, name='out', **options)
+        out = Dense(
+            C, in_dims=2, kernel_init=self.out_init, reads='heads', name='out', **options
+        )
         return out(o_BTHD), kv
 
 
@@ -123,7 +125,8 @@ class MLP(nn.Module):
         C = x_BTC.shape[-1]
         options = {'use_bias': self.bias, 'dtype': self.dtype, 'matmul': self.matmul}
         up = Dense(4 * C, kernel_init=nn.initializers.normal(0.02), name='up', **options)
-        return Dense(C, kernel_init=self.out_init, name='down', **options)(gelu(up(x_BTC)))
+        down = Dense(C, kernel_init=self.out_init, reads='mlp', name='down', **options)
+        return down(gelu(up(x_BTC)))
 
 
 class Block(nn.Module):

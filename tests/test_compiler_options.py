@@ -8,6 +8,7 @@ from jax.sharding import PartitionSpec as P
 
 from bigjax.compiler_options import compiler_options, has_scatter
 from bigjax.mesh import make_mesh
+from bigjax.nn.linear import Dense
 from bigjax.plan.program.compile import devices
 from bigjax.plan.topology import parse
 
@@ -47,6 +48,14 @@ def test_products_are_cut_into_rings_only_where_there_is_no_other_scatter(
     assert options.get(RINGS + 'reduce_scatter') == (None if scattered_in_rings else 'false')
 
 
+def compiled(function, shapes, split, options):
+    """Returns the program for arrays of bfloat16 that are split as what it returns."""
+    jitted = jax.jit(function, out_shardings=split, compiler_options=options)
+    arguments = [jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=split) for shape in shapes]
+    lowered = jitted.trace(*arguments).lower(lowering_platforms=('tpu',))
+    return lowered.compile().as_text()
+
+
 @pytest.mark.parametrize(('topology', 'scatters'), [('v5e:2x4', True), ('v5e:4x4', False)])
 def test_which_slices_scatter_is_what_the_compiler_does(topology, scatters):
     pytest.importorskip('libtpu', reason='the compiler for TPUs; there is none for this system')
@@ -63,8 +72,34 @@ def test_which_slices_scatter_is_what_the_compiler_does(topology, scatters):
         return jax.grad(loss)(w_CM)
 
     options = compiler_options(mesh) | {RINGS + 'reduce_scatter': 'false'}
-    jitted = jax.jit(gradient, out_shardings=split, compiler_options=options)
     shapes = [(2048, 4096), (1024 * machine.devices, 2048)]
-    arguments = [jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=split) for shape in shapes]
-    lowered = jitted.trace(*arguments).lower(lowering_platforms=('tpu',))
-    assert ('all-reduce-scatter' in lowered.compile().as_text()) == scatters
+    assert ('all-reduce-scatter' in compiled(gradient, shapes, split, options)) == scatters
+
+
+@pytest.mark.parametrize(
+    ('width', 'reads', 'scatters'), [(3072, 'mlp', True), (3072, None, False), (4096, None, True)]
+)
+def test_sums_are_scattered_along_a_width_of_odd_parts_where_dense_writes_it_out(
+    width, reads, scatters
+):
+    """Of eight devices each has 3 times 128 or 4 times 128 of the width."""
+    pytest.importorskip('libtpu', reason='the compiler for TPUs; there is none for this system')
+    mesh = make_mesh('fsdp=8', devices=devices(parse('v5e:2x4')))
+    dense = Dense(width, use_bias=False, reads=reads)
+
+    def gradient(h_BTM, kernel_MC):
+        def loss(kernel_MC):
+            y_BTC = dense.apply({'params': {'kernel': kernel_MC}}, h_BTM)
+            return jnp.sum(jnp.tanh(y_BTC).astype(jnp.float32))
+
+        dw_MC = jax.grad(loss)(kernel_MC)
+        return h_BTM, jax.lax.with_sharding_constraint(dw_MC, NamedSharding(mesh, P(None, 'fsdp')))
+
+    with jax.set_mesh(mesh):
+        text = compiled(
+            gradient,
+            [(64, 1024, 4096), (4096, width)],
+            NamedSharding(mesh, P('fsdp')),
+            compiler_options(mesh),
+        )
+    assert ('all-reduce-scatter' in text) == scatters

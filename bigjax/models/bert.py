@@ -118,7 +118,8 @@ class SelfAttention(nn.Module):
         qkv = Dense((H, 3, C // H), kernel_init=INIT, dtype=self.dtype, name='qkv')(x_BTC)
         q_BTHD, k_BTHD, v_BTHD = split_projections(qkv)
         o_BTHD = attention(q_BTHD, k_BTHD, v_BTHD, mask=mask_B11T, impl=self.impl)
-        return Dense(C, in_dims=2, kernel_init=INIT, dtype=self.dtype, name='out')(o_BTHD)
+        options = {'kernel_init': INIT, 'dtype': self.dtype, 'reads': 'heads'}
+        return Dense(C, in_dims=2, name='out', **options)(o_BTHD)
 
 
 class MLP(nn.Module):
@@ -134,8 +135,9 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, x_BTC: jax.Array) -> jax.Array:
-        up = Dense(self.hidden, kernel_init=INIT, dtype=self.dtype, name='up')
-        down = Dense(x_BTC.shape[-1], kernel_init=INIT, dtype=self.dtype, name='down')
+        options = {'kernel_init': INIT, 'dtype': self.dtype}
+        up = Dense(self.hidden, name='up', **options)
+        down = Dense(x_BTC.shape[-1], reads='mlp', name='down', **options)
         return down(gelu_erf(up(x_BTC)))
 
 

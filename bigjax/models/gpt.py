@@ -1,6 +1,7 @@
 """GPT-2 and GPT-3: decoder-only transformers with learned positions (Radford et al. 2019).
 
-Legend: B batch, T positions of the input, C width, H heads, D = C / H, V vocabulary.
+Legend: B batch, T positions of the input, C width, H heads, D = C / H, M = 4 C,
+V vocabulary.
 """
 
 import functools
@@ -20,6 +21,7 @@ from bigjax.nn.look_up import look_up
 from bigjax.nn.moe import DENSE, MoE, Routing
 from bigjax.nn.norm import LayerNorm
 from bigjax.nn.stack import stack, stacked_rules
+from bigjax.nn.together import together
 from bigjax.strategy import Context, Matmul
 
 # GPT-2's published variants; all have 1,024 positions and 50,257 tokens.
@@ -93,15 +95,13 @@ class Attention(nn.Module):
     ) -> tuple[jax.Array, KeyValue | None]:
         C, H = x_BTC.shape[-1], self.heads
         options = {'use_bias': self.bias, 'dtype': self.dtype, 'matmul': self.matmul}
-        init = nn.initializers.normal(0.02)
-        qkv = Dense((H, 3, C // H), kernel_init=init, name='qkv', **options)(x_BTC)
+        dense = functools.partial(Dense, kernel_init=nn.initializers.normal(0.02), **options)
+        (qkv,) = together(dense, x_BTC, 'heads', {'qkv': (H, 3, C // H)})
         q_BTHD, k_BTHD, v_BTHD = (
             constrain(x, 'batch', 'length', 'heads', None) for x in split_projections(qkv)
         )
         o_BTHD, kv = attend(q_BTHD, k_BTHD, v_BTHD, kv, start_B, self.impl, self.context)
-        out = Dense(
-            C, in_dims=2, kernel_init=self.out_init, reads='heads', name='out', **options
-        )
+        out = Dense(C, in_dims=2, kernel_init=self.out_init, reads='heads', name='out', **options)
         return out(o_BTHD), kv
 
 
@@ -124,9 +124,10 @@ class MLP(nn.Module):
     def __call__(self, x_BTC: jax.Array) -> jax.Array:
         C = x_BTC.shape[-1]
         options = {'use_bias': self.bias, 'dtype': self.dtype, 'matmul': self.matmul}
-        up = Dense(4 * C, kernel_init=nn.initializers.normal(0.02), name='up', **options)
+        dense = functools.partial(Dense, kernel_init=nn.initializers.normal(0.02), **options)
+        (up_BTM,) = together(dense, x_BTC, 'mlp', {'up': 4 * C})
         down = Dense(C, kernel_init=self.out_init, reads='mlp', name='down', **options)
-        return down(gelu(up(x_BTC)))
+        return down(gelu(up_BTM))
 
 
 class Block(nn.Module):

@@ -6,7 +6,7 @@ branch (epsilon 1e-6), GELU as defined, biases everywhere. Mean pooling and fixe
 those of Beyer et al. 2022, "Better plain ViT baselines for ImageNet-1k" (arXiv:2205.01580).
 
 Legend: B batch, H W rows and columns, N patches, T positions of the sequence, C width, H heads,
-D = C / H, P rows and columns of a patch, K image channels.
+D = C / H, M = 4 C, P rows and columns of a patch, K image channels.
 """
 
 import functools
@@ -79,7 +79,8 @@ class Attention(nn.Module):
         qkv = Dense((H, 3, C // H), kernel_init=_qkv_init, dtype=self.dtype, name='qkv')(x_BTC)
         q_BTHD, k_BTHD, v_BTHD = split_projections(qkv)
         o_BTHD = attention(q_BTHD, k_BTHD, v_BTHD, impl=self.impl)
-        return Dense(C, in_dims=2, kernel_init=_xavier, dtype=self.dtype, name='out')(o_BTHD)
+        options = {'kernel_init': _xavier, 'dtype': self.dtype, 'reads': 'heads'}
+        return Dense(C, in_dims=2, name='out', **options)(o_BTHD)
 
 
 class MLP(nn.Module):
@@ -95,7 +96,8 @@ class MLP(nn.Module):
             'kernel_init': _xavier,
             'bias_init': nn.initializers.normal(1e-6),
         }
-        return Dense(C, name='down', **options)(gelu_erf(Dense(4 * C, name='up', **options)(x_BTC)))
+        h_BTM = gelu_erf(Dense(4 * C, name='up', **options)(x_BTC))
+        return Dense(C, reads='mlp', name='down', **options)(h_BTM)
 
 
 class Block(nn.Module):

@@ -58,7 +58,8 @@ class SelfAttention(nn.Module):
             )
             start_N = jnp.full(x_NTC.shape[:1], position, jnp.int32)
             o_NTHD = cached_attention(q_NTHD, *cache, start_B=start_N, impl=self.impl)
-        out = Dense(C, in_dims=2, dtype=self.dtype, kernel_init=_xavier, name='out')
+        options = {'dtype': self.dtype, 'kernel_init': _xavier, 'reads': 'heads'}
+        out = Dense(C, in_dims=2, name='out', **options)
         return out(o_NTHD), cache
 
 
@@ -88,7 +89,8 @@ class CrossAttention(nn.Module):
         q_BQHD = q_NTHD.reshape(real_BS.shape[0], -1, H, C // H)
         mask = real_BS[:, None, None]
         o_BQHD = attention(q_BQHD, *kv, mask=mask, impl=self.impl)
-        return Dense(C, in_dims=2, name='out', **options)(o_BQHD.reshape(q_NTHD.shape)), kv
+        out = Dense(C, in_dims=2, reads='heads', name='out', **options)
+        return out(o_BQHD.reshape(q_NTHD.shape)), kv
 
 
 class MLP(nn.Module):
@@ -110,7 +112,7 @@ class MLP(nn.Module):
         table: dict[str, Any] = {'relu': nn.relu, 'swish': nn.swish, 'gelu': gelu_erf}
         act = table[self.activation]
         h_NTM = act(Dense(self.hidden, name='up', **options)(x_NTC))
-        return Dense(x_NTC.shape[-1], name='down', **options)(h_NTM)
+        return Dense(x_NTC.shape[-1], reads='mlp', name='down', **options)(h_NTM)
 
 
 class Block(nn.Module):

@@ -41,7 +41,7 @@ class Dense(nn.Module):
       bias_init: initializer of the bias.
       matmul: precision of the product: 'default' is `dtype`; see `bigjax.nn.quantized`.
       reads: name in `bigjax.sharding.ACTIVATIONS` of the first input dimension where a mesh splits
-        it, so that the output is a sum over devices: 'heads', 'mlp'.
+        it, so that the output is a sum over devices: 'heads', 'mlp'. The outputs are 'embed' then.
       joined: no gradient reaches the input from the product: `bigjax.nn.together` adds it.
     """
 
@@ -75,7 +75,8 @@ class Dense(nn.Module):
         x = x.reshape(*rows(lead), flat[0])
         if self.joined:
             x = jax.lax.stop_gradient(x)
-        if _is_scattered(lead, inputs[0], self.reads) and self.matmul == 'default':
+        told = _is_scattered(lead, inputs[0], self.reads) or _is_odd(flat[1])
+        if self.reads and told and self.matmul == 'default':
             y = _product_of_parts(x, kernel, self.reads)
         else:
             y = _product(x, kernel.reshape(flat), self.matmul)
@@ -102,20 +103,34 @@ def _is_scattered(lead: tuple[int, ...], size: int, reads: str | None) -> bool:
     return parts(reads, size) > 1 and parts('sequence', lead[1]) > 1
 
 
+def _is_odd(outputs: int) -> bool:
+    """Returns whether FSDP splits the outputs into parts of an odd number of times 128.
+
+    That is the one size that libtpu 0.0.52 scatters no sum into along the last dimension: it sums
+    the whole on every device. Along the first one it does.
+    """
+    each = parts('embed', outputs)
+    return each > 1 and outputs // each % 256 == 128
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _product_of_parts(x: jax.Array, kernel: jax.Array, reads: str) -> jax.Array:
     """Returns x [..., I] times a kernel of which a device holds rows, these at their whole width.
 
     Left to itself the compiler gathers all positions of `x` instead, where FSDP splits the width
     and a context axis the positions, and every device computes what another does too. For the
-    gradient the kernel is gathered once more, not kept.
+    gradient of `x` the kernel is gathered once more, not kept; its own is scattered (`_is_odd`).
     """
     return x @ _whole(kernel, reads, x.shape[-1])
 
 
 def _product_backward(reads: str, residuals: tuple[jax.Array, jax.Array], g: jax.Array):
     x, kernel = residuals
-    dw_IO = jnp.einsum('...i,...o->io', x, g)
+    if _is_odd(g.shape[-1]):
+        dw_OI = jnp.einsum('...o,...i->oi', g, x)
+        dw_IO = constrain(dw_OI, 'embed', reads).T
+    else:
+        dw_IO = jnp.einsum('...i,...o->io', x, g)
     return g @ _whole(kernel, reads, x.shape[-1]).T, dw_IO.reshape(kernel.shape)
 
 

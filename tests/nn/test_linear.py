@@ -79,19 +79,21 @@ def test_no_gradient_of_the_output_layer_waits_for_what_follows_it():
 
 
 class Added(nn.Module):
-    """What half a block adds to the stream: B 8, T 16, C 32, of M 64, in heads or not."""
+    """What half a block adds to the stream: B 8, T 16, of M 64, in heads or not."""
 
     reads: str | None
     in_dims: int = 1
+    width: int = 32
 
     @nn.compact
     def __call__(self, h):
         h = constrain(jnp.sin(h), 'batch', 'length', 'mlp', *[None] * (self.in_dims - 1))
-        return leave(Dense(32, in_dims=self.in_dims, reads=self.reads, use_bias=False)(h))
+        dense = Dense(self.width, in_dims=self.in_dims, reads=self.reads, use_bias=False)
+        return leave(dense(h))
 
 
-def added(reads, shape):
-    model = Added(reads, len(shape) - 2)
+def added(reads, shape, width=32):
+    model = Added(reads, len(shape) - 2, width)
     h = jax.random.normal(jax.random.key(1), shape)
 
     def step(params, h):
@@ -125,6 +127,18 @@ def test_a_kernel_that_the_mesh_splits_is_gathered_and_no_position_is(shape):
         most[reads] = max(size for _, size in collectives(text))
     # A device's float32 part of what is added, 4 rows of 8 positions before they are spread.
     assert most['mlp'] == 4 * 8 * 32 * 4 < most[None]
+
+
+@pytest.mark.parametrize('mesh', ['fsdp=4,data=2', 'fsdp=4,tensor=2'])
+@pytest.mark.parametrize('shape', [(8, 16, 64), (8, 16, 8, 8)])
+def test_the_gradient_of_outputs_in_parts_of_128_is_the_plain_one(shape, mesh):
+    step, params, h = added('mlp', shape, width=512)
+    plain, *_ = added(None, shape, width=512)
+    want = jax.jit(plain)(params, h)
+    with jax.set_mesh(sharding.make_mesh(mesh)):
+        assert str(jax.make_jaxpr(step)(params, h)) != str(jax.make_jaxpr(plain)(params, h))
+        got = jax.jit(step)(params, h)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), got, want)
 
 
 def test_where_nothing_is_spread_the_product_is_the_plain_one():

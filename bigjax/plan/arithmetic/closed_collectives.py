@@ -37,8 +37,10 @@ def _tensor(shape: Shape, step: Step) -> Iterable[Collective]:
     gathers = (4 + experts if step.saved is None else 6 + experts) * times
     scatters = (4 - 2 * experts + ('out' in again)) * times
     # And behind the embedding and before the output layer, each with a gradient; that of float32
-    # logits is float32. Stages of a pipeline make the logits of a part each.
-    first, last = step.parts * step.accumulate, step.parts * step.accumulate / step.stages
+    # logits is float32. Stages of a pipeline make the logits of a part each. Devices that all have
+    # the whole vocabulary keep to their positions instead.
+    first = step.parts * step.accumulate * shape.split_vocab
+    last = first / step.stages
     wide = first + 4 / step.item * last
     yield from exchange(step, GATHER, (TENSOR,), stream, gathers + first + last, 'activations')
     yield from exchange(step, SCATTER, (TENSOR,), stream, scatters + wide, 'activations')
@@ -47,10 +49,9 @@ def _tensor(shape: Shape, step: Step) -> Iterable[Collective]:
             step, SWAP, (TENSOR,), stream / step.size(TENSOR), 2 * times, 'activations'
         )
         yield from exchange(step, SCATTER, (TENSOR,), *_slots(shape, step), 'tokens')
-    if shape.split_vocab:
-        # Of every token the largest logit, the sum of exponentials and the label's.
-        sums = 3 * 4 * step.tokens / step.parts
-        yield from exchange(step, REDUCE, (TENSOR,), sums, last, 'logits')
+    # Of every token the largest logit, the sum of exponentials and the label's.
+    sums = 3 * 4 * step.tokens / step.parts
+    yield from exchange(step, REDUCE, (TENSOR,), sums, last, 'logits')
 
 
 def _context(shape: Shape, step: Step) -> Iterable[Collective]:

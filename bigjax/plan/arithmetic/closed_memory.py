@@ -76,11 +76,13 @@ def gathered_bytes(shape: Shape, step: Step) -> float:
 def head_bytes(shape: Shape, step: Step) -> float:
     """Returns what the output layer works with: logits in float32, their gradient, its matrix.
 
-    Each stage of a pipeline makes the logits of a part of the rows.
+    Each stage of a pipeline makes the logits of a part of the rows. The tensor axis splits them by
+    positions where it does not by the vocabulary.
     """
+    logits = step.tokens / step.stages * shape.vocab / step.size(TENSOR)
     vocab = shape.vocab / (step.size(TENSOR) if shape.split_vocab else 1)
     # The matrix is gathered, and so is its gradient before it is spread.
-    return step.tokens / step.stages * vocab * (4 + step.item) + 2 * shape.width * vocab * step.item
+    return logits * (4 + step.item) + 2 * shape.width * vocab * step.item
 
 
 def block_bytes(shape: Shape, step: Step) -> float:

@@ -75,6 +75,8 @@ def _gradient(shape: Shape, step: Step, weight: Weight) -> Iterable[tuple[str, t
     held, split = numbers(step, weight), step.size(FSDP) > 1
     # An expert's gradient is of all rows that came to it; of all else, every row has its part.
     rows = (DATA, CONTEXT) if 'experts' in weight.axes else (DATA, EXPERT, CONTEXT)
+    # Devices that all have the whole of a table have the gradients of their positions.
+    of_table = rows if 'vocab' in weight.axes else (*rows, TENSOR)
     if len(weight.sizes) == 1:
         everywhere = (*rows, FSDP) if 'heads' in weight.axes else (*rows, FSDP, TENSOR)
         yield REDUCE, everywhere, 4 * held
@@ -86,10 +88,10 @@ def _gradient(shape: Shape, step: Step, weight: Weight) -> Iterable[tuple[str, t
         yield REDUCE, rows, item * held / step.size(FSDP)
     elif weight.name == 'embedding' and shape.tied and (split or step.topology.hardware.is_tpu):
         # Its uses, each by itself.
-        yield from _table(step, rows, held, read=True)
-        yield from _table(step, rows, held, read=False)
+        yield from _table(step, of_table, held, read=True)
+        yield from _table(step, of_table, held, read=False)
     else:
-        yield from _table(step, rows, held, read=weight.name != 'output')
+        yield from _table(step, of_table, held, read=weight.name != 'output')
 
 
 def _table(

@@ -10,8 +10,9 @@ Losses, gradients, weights and the metrics of evaluation are such sums. Predicti
 made of them (BLEU, spans' F1), and generated texts, may differ between numbers of devices where two
 outcomes are nearly alike.
 
-A step on a CPU took 0.8 to 1.5 times as long on one device and 0.7 to 1.2 times on eight (by
-`python tests/deterministic_cost.py`, a CNN and a GPT; on a busy machine, which tells no more).
+Of a small CNN a step took 1.3 to 1.4 times as long on one device and 0.6 times on eight, of a small
+GPT 1.05 to 1.1 times on one and 1.4 to 2.1 on eight, which two cores shared (`python
+tests/deterministic_cost.py`, medians of 21 steps each way in turn, three or four runs).
 """
 
 import math

@@ -196,8 +196,7 @@ class MoE(nn.Module):
         weight_BTK = jnp.where(routes.kept_BTK, weight_BTK, 0).astype(x_BTC.dtype)
         # Placed as their sum is, before it goes elsewhere: else all K outputs of a token would.
         weight_BTK = constrain(weight_BTK, 'batch', 'length', None)
-        y_BTC = jnp.einsum('btkc,btk->btc', _fetched(out_BESC, routes, slots), weight_BTK)
-        return both_ways(y_BTC, ('batch', 'length', 'width'), ('batch', 'length', None))
+        return _weighted(_fetched(out_BESC, routes, slots), weight_BTK)
 
     def _sow(self, routes: Routes, logits_BTE: jax.Array, probability_BTE: jax.Array) -> None:
         experts, (B, T, K) = self.routing.experts, routes.expert_BTK.shape
@@ -256,6 +255,29 @@ def _fetched(out_BESC: jax.Array, routes: Routes, slots: int) -> jax.Array:
     fetch = jax.vmap(lambda out_ESC, expert_TK, slot_TK: out_ESC[expert_TK, slot_TK])
     o_BTKC, tokens = fetch(out_BESC, expert_BTK, slot_BTK), ('batch', 'length', None)
     return both_ways(o_BTKC, (*tokens, 'width'), (*tokens, None))
+
+
+@jax.custom_vjp
+def _weighted(o_BTKC: jax.Array, weight_BTK: jax.Array) -> jax.Array:
+    """Returns sums [B, T, C] over K; a device that shares a hidden layer has its part of the width.
+
+    The gradient of the outputs is of the whole width, which `bigjax.nn.constrain.leave` has
+    gathered. Left to itself the compiler takes a part of that for both gradients, and gathers it
+    anew.
+    """
+    y_BTC = jnp.einsum('btkc,btk->btc', o_BTKC, weight_BTK)
+    return constrain(y_BTC, 'batch', 'length', 'width')
+
+
+def _weighted_backward(residuals: tuple[jax.Array, jax.Array], dy_BTC: jax.Array):
+    o_BTKC, weight_BTK = residuals
+    dy_BTC = constrain(dy_BTC, 'batch', 'length', None)
+    do_BTKC = dy_BTC[:, :, None] * weight_BTK[..., None]
+    part_BTC = constrain(dy_BTC, 'batch', 'length', 'width')
+    return do_BTKC, jnp.einsum('btkc,btc->btk', o_BTKC, part_BTC)
+
+
+_weighted.defvjp(lambda o, w: (_weighted(o, w), (o, w)), _weighted_backward)
 
 
 def sown(variables: dict[str, Any]) -> tuple[jax.Array, dict[str, tuple[jax.Array, jax.Array]]]:

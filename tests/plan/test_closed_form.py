@@ -285,7 +285,18 @@ def test_experts_that_a_tensor_axis_splits_spread_what_they_give_before_it_trave
     # Attention's half as without experts, one in float32 of the logits and one of the look-up.
     assert found['reduce-scatter', 'activations'] == (2 * 4 + 3) * stream / 2
     assert found['all-to-all', 'activations'] == 2 * 4 * stream / 2 / 2
-    assert found['all-gather', 'activations'] == (5 * 4 + 2) * stream / 2
+    assert found['all-gather', 'activations'] == (4 * 4 + 2) * stream / 2
+
+
+def test_devices_that_cannot_share_the_vocabulary_share_positions():
+    shape, how = dataclasses.replace(SHAPE, split_vocab=False), step('fsdp=4,tensor=4', saved=None)
+    stream, table = 64 / 4 * 128 * 64 * 2, 256 * 64
+    found = sent(shape, how, 'tensor')
+    for kind in ('all-gather', 'reduce-scatter'):  # Of blocks alone.
+        assert found[kind, 'activations'] == 4 * 4 * stream * 3 / 4
+    # Of the look-up, float32, what FSDP has scattered; of the output layer, bfloat16, on all.
+    assert found['all-reduce', 'gradients'] == 2 * table / 4 * 4 * 3 / 4
+    assert sent(shape, how, 'fsdp', 'tensor')['all-reduce', 'gradients'] > 2 * table * 2 * 15 / 16
 
 
 def test_experts_exchange_the_slots_of_their_tokens():

@@ -27,14 +27,14 @@ def _tensor(shape: Shape, step: Step) -> Iterable[Collective]:
     Korthikanti et al. 2022, §4.2.2. Backward as often, the other way round; where blocks compute
     again, what was gathered is gathered again for the gradients of the matrices, and what attention
     adds is spread again, if it was not kept. Experts' outputs, and the gradients of what they read,
-    are spread along the width before they travel; a token's sum changes to positions then, and back
-    for the gradient, which is gathered once more.
+    are spread along the width before they travel; a token's sum changes to positions then, and so
+    does the gradient of what a token sent.
     """
     again = recomputed(shape, step.saved)
     stream = step.tokens / step.parts * shape.width * step.item
     times = visits(shape, step)
     experts = bool(shape.routing.experts)
-    gathers = (4 + experts if step.saved is None else 6 + experts) * times
+    gathers = (4 if step.saved is None else 6) * times
     scatters = (4 - 2 * experts + ('out' in again)) * times
     # And behind the embedding and before the output layer, each with a gradient; that of float32
     # logits is float32. Stages of a pipeline make the logits of a part each. Devices that all have

@@ -115,8 +115,8 @@ def row_flops(shape: Shape, step: Step) -> tuple[float, float, float]:
     dense = dense_flops(shape, step.length, places=places)
     again = recomputed(shape, step.saved)
     block = 3 * sum(dense.values()) + sum(dense[part] for part in again if part != 'context')
-    if experts:  # A token's outputs, weighted and summed.
-        block += 3 * 2 * step.length * shape.routing.experts_per_token * shape.width
+    if experts:  # A token's outputs, weighted and summed, and the weights' gradients.
+        block += 2 * 2 * step.length * shape.routing.experts_per_token * shape.width
     attention = attention_products(shape, step) * product_flops(shape, computed_pairs(step))
     # Stages that have nothing to do compute, too.
     layers = shape.layers * step.bubble(shape.layers)

@@ -97,10 +97,10 @@ def _product(x: jax.Array, w_IO: jax.Array, matmul: Matmul) -> jax.Array:
 
 
 def _is_scattered(lead: tuple[int, ...], size: int, reads: str | None) -> bool:
-    """Returns whether devices split the inputs and what they add up to is split by positions."""
+    """Returns whether devices split both the inputs and, within a block, the positions."""
     if reads is None or len(lead) < 2:
         return False
-    return parts(reads, size) > 1 and parts('sequence', lead[1]) > 1
+    return parts(reads, size) > 1 and parts('length', lead[1]) > 1
 
 
 def _is_odd(outputs: int) -> bool:
@@ -121,7 +121,13 @@ def _product_of_parts(x: jax.Array, kernel: jax.Array, reads: str) -> jax.Array:
     and a context axis the positions, and every device computes what another does too. For the
     gradient of `x` the kernel is gathered once more, not kept; its own is scattered (`_is_odd`).
     """
-    return x @ _whole(kernel, reads, x.shape[-1])
+    return _product_forward(x, kernel, reads)[0]
+
+
+def _product_forward(x: jax.Array, kernel: jax.Array, reads: str):
+    # The product itself, not a call of what it is the forward pass of: `bigjax.nn.remat` would not
+    # see that it is one.
+    return x @ _whole(kernel, reads, x.shape[-1]), (x, kernel)
 
 
 def _product_backward(reads: str, residuals: tuple[jax.Array, jax.Array], g: jax.Array):
@@ -134,9 +140,7 @@ def _product_backward(reads: str, residuals: tuple[jax.Array, jax.Array], g: jax
     return g @ _whole(kernel, reads, x.shape[-1]).T, dw_IO.reshape(kernel.shape)
 
 
-_product_of_parts.defvjp(
-    lambda x, kernel, reads: (_product_of_parts(x, kernel, reads), (x, kernel)), _product_backward
-)
+_product_of_parts.defvjp(_product_forward, _product_backward)
 
 
 def _whole(kernel: jax.Array, reads: str, inputs: int) -> jax.Array:

@@ -265,8 +265,12 @@ def _weighted(o_BTKC: jax.Array, weight_BTK: jax.Array) -> jax.Array:
     gathered. Left to itself the compiler takes a part of that for both gradients, and gathers it
     anew.
     """
+    return _weighted_forward(o_BTKC, weight_BTK)[0]
+
+
+def _weighted_forward(o_BTKC: jax.Array, weight_BTK: jax.Array):
     y_BTC = jnp.einsum('btkc,btk->btc', o_BTKC, weight_BTK)
-    return constrain(y_BTC, 'batch', 'length', 'width')
+    return constrain(y_BTC, 'batch', 'length', 'width'), (o_BTKC, weight_BTK)
 
 
 def _weighted_backward(residuals: tuple[jax.Array, jax.Array], dy_BTC: jax.Array):
@@ -277,7 +281,7 @@ def _weighted_backward(residuals: tuple[jax.Array, jax.Array], dy_BTC: jax.Array
     return do_BTKC, jnp.einsum('btkc,btc->btk', o_BTKC, part_BTC)
 
 
-_weighted.defvjp(lambda o, w: (_weighted(o, w), (o, w)), _weighted_backward)
+_weighted.defvjp(_weighted_forward, _weighted_backward)
 
 
 def sown(variables: dict[str, Any]) -> tuple[jax.Array, dict[str, tuple[jax.Array, jax.Array]]]:

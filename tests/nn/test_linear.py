@@ -10,6 +10,7 @@ from program import collectives
 from bigjax import sharding
 from bigjax.nn.constrain import constrain, leave
 from bigjax.nn.linear import Dense, embedding_logits
+from bigjax.nn.remat import policy
 
 
 @pytest.mark.parametrize(
@@ -92,8 +93,9 @@ class Added(nn.Module):
         return leave(dense(h))
 
 
-def added(reads, shape, width=32):
-    model = Added(reads, len(shape) - 2, width)
+def added(reads, shape, width=32, keeps=None):
+    kind = nn.remat(Added, policy=policy(keeps)) if keeps else Added
+    model = kind(reads, len(shape) - 2, width)
     h = jax.random.normal(jax.random.key(1), shape)
 
     def step(params, h):
@@ -139,6 +141,14 @@ def test_the_gradient_of_outputs_in_parts_of_128_is_the_plain_one(shape, mesh):
         assert str(jax.make_jaxpr(step)(params, h)) != str(jax.make_jaxpr(plain)(params, h))
         got = jax.jit(step)(params, h)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), got, want)
+
+
+@pytest.mark.parametrize('reads', ['mlp', None])
+def test_a_policy_that_keeps_products_keeps_it(reads):
+    step, params, h = added(reads, (8, 16, 64), keeps='dots')
+    with jax.set_mesh(sharding.make_mesh('fsdp=2,context=2,tensor=2')):
+        # Forward, and the gradients of input and kernel.
+        assert str(jax.make_jaxpr(step)(params, h)).count('dot_general[') == 3
 
 
 def test_where_nothing_is_spread_the_product_is_the_plain_one():

@@ -90,7 +90,7 @@ class Added(nn.Module):
     def __call__(self, h):
         h = constrain(jnp.sin(h), 'batch', 'length', 'mlp', *[None] * (self.in_dims - 1))
         dense = Dense(self.width, in_dims=self.in_dims, reads=self.reads, use_bias=False)
-        return leave(dense(h))
+        return jnp.sin(leave(dense(h)))
 
 
 def added(reads, shape, width=32, keeps=None):

@@ -19,7 +19,7 @@ PROGRAMS = json.loads((Path(__file__).parent / 'data' / 'exchanges.json').read_t
 
 def name(row) -> str:
     values = row['values']
-    parts = (row['topology'], values['mesh'], values['remat'], values['width'])
+    parts = (row['topology'], values['mesh'], values['remat'], values.get('width') or values['size'])
     return ' '.join(map(str, (*parts, values['batch'] * values['seq'])))
 
 
@@ -37,7 +37,8 @@ def check(sent: dict[str, float], closed) -> None:
 
 @pytest.mark.parametrize('row', PROGRAMS, ids=name)
 def test_a_program_does_what_arithmetic_says(row):
-    closed = by_closed_form('llama', row['values'], parse(row['topology'])).closed
+    experiment = row.get('experiment', 'llama')
+    closed = by_closed_form(experiment, row['values'], parse(row['topology'])).closed
     assert closed.executed_flops == pytest.approx(row['flops'], rel=1e-3)
     check(row['bytes'], closed)
 

@@ -17,7 +17,7 @@ from bigjax.nn.attention import (
     cached_attention,
     empty_layers,
 )
-from bigjax.nn.constrain import both_ways, constrain, enter, gather_width, parts
+from bigjax.nn.constrain import constrain, enter, gather_width, parts
 from bigjax.nn.context import laid_out
 from bigjax.nn.linear import embedding_logits
 from bigjax.nn.moe import DENSE, Routing
@@ -171,6 +171,6 @@ def logits(x_BTC: jax.Array, embedding_VC: jax.Array) -> jax.Array:
     table_VC = gather_width(embedding_VC.astype(x_BTC.dtype))
     if parts('vocab', table_VC.shape[0]) == 1:
         places = 'examples', 'sequence', None
-        return constrain(embedding_logits(both_ways(x_BTC, places, places), table_VC), *places)
+        return constrain(embedding_logits(constrain(x_BTC, *places), table_VC), *places)
     logits_BTV = embedding_logits(enter(x_BTC, 'examples'), table_VC)
     return constrain(logits_BTV, 'examples', 'length', 'vocab')

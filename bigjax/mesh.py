@@ -65,10 +65,20 @@ def parse_mesh(text: str, devices: int) -> dict[str, int]:
         raise UsageError(
             f'--mesh={text}: the sizes multiply to {known}, which '
             f'{"does not divide" if free else "is not"} the number of devices, {devices}; '
-            f'try --mesh=data=-1'
+            f'try --mesh={_nearest(sizes, devices)}'
         )
     sizes |= dict.fromkeys(free, devices // known)
     return {axis: sizes.get(axis, 1) for axis in AXES}
+
+
+def _nearest(sizes: Mapping[str, int], devices: int) -> str:
+    """Returns the mesh whose axes are as large as these, or the next size down that divides."""
+    found, left = dict(sizes), devices
+    for axis, size in sizes.items():
+        if size != -1:
+            found[axis] = max(n for n in range(1, min(size, left) + 1) if left % n == 0)
+            left //= found[axis]
+    return mesh_text(found if -1 in found.values() else {**found, 'data': -1})
 
 
 def parse_dcn(text: str, sizes: Mapping[str, int], slices: int) -> dict[str, int]:

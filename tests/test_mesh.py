@@ -1,6 +1,7 @@
 """The mesh: sizes, slices, rows that a process reads, and what is refused."""
 
 import dataclasses
+import math
 
 import jax
 import numpy as np
@@ -62,19 +63,37 @@ def test_sizes(text, count, sizes):
         ('data=-2', f"'data=-2' is not axis=size with an axis of {SIX} and a positive size or -1"),
         ('data=2,data=4', "axis 'data' is given twice"),
         ('data=-1,fsdp=-1', 'only one axis may be -1'),
-        ('data=3', 'the sizes multiply to 3, which is not the number of devices, 8'),
-        ('data=16', 'the sizes multiply to 16, which is not the number of devices, 8'),
-        ('', 'the sizes multiply to 1, which is not the number of devices, 8'),
-        ('data=-1,tensor=3', 'the sizes multiply to 3, which does not divide the number of '
-                             'devices, 8'),
-        ('data=-1,tensor=16', 'the sizes multiply to 16, which does not divide the number of '
-                              'devices, 8'),
     ],
-)  # fmt: skip
+)
 def test_sizes_that_are_refused(text, message):
     with pytest.raises(UsageError) as error:
         mesh.parse_mesh(text, 8)
     assert str(error.value) == f'--mesh={text}: {message}; try --mesh=data=-1'
+
+
+@pytest.mark.parametrize(
+    ('text', 'product', 'works'),
+    [
+        ('', 1, 'data=-1'),
+        ('data=3', 3, 'data=-1'),
+        ('data=16', 16, 'data=-1'),
+        ('fsdp=3', 3, 'fsdp=2,data=-1'),
+        ('fsdp=2,tensor=5', 10, 'fsdp=2,tensor=4,data=-1'),
+        ('data=-1,tensor=3', 3, 'data=-1,tensor=2'),
+        ('fsdp=-1,tensor=16', 16, 'fsdp=-1,tensor=8'),
+    ],
+)
+def test_sizes_that_do_not_multiply_to_the_devices_are_refused_with_the_nearest_that_do(
+    text, product, works
+):
+    rule = 'does not divide' if '-1' in text else 'is not'
+    with pytest.raises(UsageError) as error:
+        mesh.parse_mesh(text, 8)
+    assert str(error.value) == (
+        f'--mesh={text}: the sizes multiply to {product}, which {rule} the number of devices, 8; '
+        f'try --mesh={works}'
+    )
+    assert math.prod(mesh.parse_mesh(works, 8).values()) == 8
 
 
 def test_a_mesh_is_over_all_devices_with_auto_axes():

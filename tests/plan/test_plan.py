@@ -220,7 +220,7 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory():
         (
             {'mesh': 'fsdp=3'},
             '--mesh=fsdp=3: the sizes multiply to 3, which is not the number of devices, 4; '
-            'try --mesh=data=-1',
+            'try --mesh=fsdp=2,data=-1',
         ),
         ({'heads': 3}, '--heads=3: width 64 must be an even multiple of heads; try --heads=2'),
     ],

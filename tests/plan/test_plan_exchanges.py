@@ -19,7 +19,12 @@ PROGRAMS = json.loads((Path(__file__).parent / 'data' / 'exchanges.json').read_t
 
 def name(row) -> str:
     values = row['values']
-    parts = (row['topology'], values['mesh'], values['remat'], values.get('width') or values['size'])
+    parts = (
+        row['topology'],
+        values['mesh'],
+        values['remat'],
+        values.get('width') or values['size'],
+    )
     return ' '.join(map(str, (*parts, values['batch'] * values['seq'])))
 
 

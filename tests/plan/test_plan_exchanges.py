@@ -19,13 +19,8 @@ PROGRAMS = json.loads((Path(__file__).parent / 'data' / 'exchanges.json').read_t
 
 def name(row) -> str:
     values = row['values']
-    parts = (
-        row['topology'],
-        values['mesh'],
-        values['remat'],
-        values.get('width') or values['size'],
-    )
-    return ' '.join(map(str, (*parts, values['batch'] * values['seq'])))
+    size, tokens = values.get('width') or values['size'], values['batch'] * values['seq']
+    return ' '.join(map(str, (row['topology'], values['mesh'], values['remat'], size, tokens)))
 
 
 def check(sent: dict[str, float], closed) -> None:

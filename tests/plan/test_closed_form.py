@@ -172,23 +172,24 @@ def test_all_devices_share_the_work_but_idle_stages_compute_too():
 
 
 def test_fsdp_gathers_parameters_twice_and_spreads_gradients_once():
-    shape = dataclasses.replace(SHAPE, layers=1)
+    C = 1024  # Of which each device has 128.
+    shape = dataclasses.replace(SHAPE, layers=1, width=C)
     how = step('fsdp=8', 'v5e:2x4', saved=frozenset({'qkv'}))
-    block = (64 * 8 * 16 * 2 + 64 * 4 * 16 * 2 + 3 * 64 * 96) * 2
-    tables = 2 * 256 * 64
-    gathers = 2 * block + 2 * (2 * 64 * 4) + tables * 2 + 64 * 4
+    block = (C * 8 * 16 * 2 + C * 4 * 16 * 2 + 3 * C * 96) * 2
+    tables = 2 * 256 * C
+    gathers = 2 * block + 2 * (2 * C * 4) + tables * 2 + C * 4
     assert sent(shape, how, 'fsdp') == pytest.approx(
         {
             ('all-gather', 'parameters'): gathers * 7 / 8,
             ('reduce-scatter', 'gradients'): (block + tables * 4) * 7 / 8,
-            ('all-reduce', 'gradients'): 3 * 64 * 4 * 2 * 7 / 8,  # norms
+            ('all-reduce', 'gradients'): 3 * C * 4 * 2 * 7 / 8,  # norms
         }
     )
     twice = sent(shape, dataclasses.replace(how, accumulate=2), 'fsdp')
     assert twice['all-gather', 'parameters'] == pytest.approx(2 * gathers * 7 / 8)
     # Projections that are computed again are needed once more for their gradients.
     again = sent(shape, dataclasses.replace(how, saved=frozenset()), 'fsdp')
-    projections = (64 * 8 * 16 + 2 * 64 * 4 * 16) * 2
+    projections = (C * 8 * 16 + 2 * C * 4 * 16) * 2
     assert again['all-gather', 'parameters'] == pytest.approx((gathers + projections) * 7 / 8)
 
 
@@ -209,12 +210,11 @@ def test_all_devices_of_a_square_or_a_box_sum_gradients_whole():
     assert many == pytest.approx(2 * (2 * MATRICES + norms + tables) * 255 / 256)
     # Too little for a ring.
     assert gradients('fsdp=16', 'v5e:4x4', 'reduce-scatter') == 0
-    # A part of the slice, or all of one with two different sides, scatters.
-    part, small = ('fsdp=8,tensor=2', 'v5e:4x4'), ('fsdp=8', 'v5e:2x4')
-    tables = 2 * 256 * 64 * 4
-    assert gradients(*part, 'reduce-scatter') == (2 * MATRICES + tables) / 2 * 7 / 8
-    assert gradients(*small, 'reduce-scatter') == (2 * MATRICES + tables) * 7 / 8
-    assert gradients(*small, 'all-reduce') == 2 * norms * 7 / 8
+    # A part of a slice, or all of one of different sides, scatters, but of a look-up 8 of 64.
+    part, small, table = ('fsdp=8,tensor=2', 'v5e:4x4'), ('fsdp=8', 'v5e:2x4'), 256 * 64 * 4
+    assert gradients(*part, 'reduce-scatter') == (2 * MATRICES + table) / 2 * 7 / 8
+    assert gradients(*small, 'reduce-scatter') == (2 * MATRICES + table) * 7 / 8
+    assert gradients(*small, 'all-reduce') == pytest.approx(2 * (norms + table) * 7 / 8)
 
 
 def test_a_ring_of_products_sends_two_parts_more_than_a_scatter():

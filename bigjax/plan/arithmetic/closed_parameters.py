@@ -88,22 +88,24 @@ def _gradient(shape: Shape, step: Step, weight: Weight) -> Iterable[tuple[str, t
         yield REDUCE, rows, item * held / step.size(FSDP)
     elif weight.name == 'embedding' and shape.tied and (split or step.topology.hardware.is_tpu):
         # Its uses, each by itself.
-        yield from _table(step, of_table, held, read=True)
-        yield from _table(step, of_table, held, read=False)
+        yield from _table(step, of_table, weight, read=True)
+        yield from _table(step, of_table, weight, read=False)
     else:
-        yield from _table(step, of_table, held, read=weight.name != 'output')
+        yield from _table(step, of_table, weight, read=weight.name != 'output')
 
 
 def _table(
-    step: Step, rows: tuple[str, ...], held: float, *, read: bool
+    step: Step, rows: tuple[str, ...], weight: Weight, *, read: bool
 ) -> Iterable[tuple[str, tuple, float]]:
     """How the gradient of a table is summed that rows are read of, or that makes logits.
 
     Logits are made of equal parts of the rows by all stages of a pipeline.
     """
-    split = step.size(FSDP)
+    held, split = numbers(step, weight), step.size(FSDP)
     if read:  # `bigjax.nn.look_up` says what is sent.
-        yield REDUCE if _no_scatter(step) else SCATTER, (FSDP,), 4 * held
+        # Of float32 libtpu scatters no part that is not a multiple of 128.
+        uneven = step.topology.hardware.is_tpu and weight.sizes[-1] // split % 128
+        yield REDUCE if _no_scatter(step) or uneven else SCATTER, (FSDP,), 4 * held
         yield REDUCE, rows, 4 * held / split
         return
     rows = (*rows, STAGE)

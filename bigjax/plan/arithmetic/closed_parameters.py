@@ -23,6 +23,9 @@ from bigjax.plan.records import Collective
 # among not too many devices, each with enough tokens and bytes of a part of a matrix. Seen with 16
 # devices, 512 tokens and 32 KiB, not with 64 or 8 KiB.
 MOST_IN_RING, LEAST_RING_TOKENS, LEAST_RING_BYTES = 32, 512, 2**14
+# Of several slices it gathers such small parts along a whole square by a sum, and along a whole box
+# all. Seen with 24 and 32 KiB, not with 196.
+MOST_SUMMED_BYTES = 2**15
 
 
 def _slices(step: Step) -> int:
@@ -50,6 +53,14 @@ def spread(step: Step, weight: Weight) -> tuple[str, float]:
     return SCATTER, (n + 1) / (n - 1)
 
 
+def _gathered_by(step: Step, weight: Weight) -> str:
+    """Returns a kind: a sum of one device's part and zeros sends twice what gathering does."""
+    part = numbers(step, weight) * step.item / step.size(FSDP)
+    box = sum(side > 1 for side in step.topology.shape) == 3
+    here = _slices(step) > 1 and step.dcn.get(FSDP, 1) == 1 and _no_scatter(step)
+    return REDUCE if here and (box or part <= MOST_SUMMED_BYTES) else GATHER
+
+
 def _gathers(shape: Shape, step: Step, weight: Weight) -> float:
     """How often a parameter is gathered along FSDP in a step.
 
@@ -59,7 +70,7 @@ def _gathers(shape: Shape, step: Step, weight: Weight) -> float:
     forget it, so it is gathered once; but a program of several slices does so for each of its uses.
     """
     if not weight.layered:
-        twice = weight.name == 'embedding' and shape.tied and _slices(step) > 1
+        twice = _slices(step) > 1 and (shape.tied or weight.name == 'output')
         return (1 + twice) * step.accumulate
     far = ('qkv', 'out') if shape.routing.experts else ('qkv',)
     again = weight.makes in far and weight.makes in recomputed(shape, step.saved)
@@ -102,9 +113,9 @@ def _table(
     Logits are made of equal parts of the rows by all stages of a pipeline.
     """
     held, split = numbers(step, weight), step.size(FSDP)
+    # Of float32 libtpu scatters no part that is not a multiple of 128.
+    uneven = step.topology.hardware.is_tpu and weight.sizes[-1] // split % 128
     if read:  # `bigjax.nn.look_up` says what is sent.
-        # Of float32 libtpu scatters no part that is not a multiple of 128.
-        uneven = step.topology.hardware.is_tpu and weight.sizes[-1] // split % 128
         yield REDUCE if _no_scatter(step) or uneven else SCATTER, (FSDP,), 4 * held
         yield REDUCE, rows, 4 * held / split
         return
@@ -114,7 +125,7 @@ def _table(
         yield REDUCE, (*rows, FSDP), step.item * held
         return
     held *= step.item if split == 1 or step.stages > 1 else 4
-    yield SCATTER, (FSDP,), held
+    yield REDUCE if uneven and _no_scatter(step) else SCATTER, (FSDP,), held
     yield REDUCE, rows, held / split
 
 
@@ -137,22 +148,23 @@ def _sums(shape: Shape, step: Step, weight: Weight, axes: tuple[str, ...]) -> fl
 
 def parameters(shape: Shape, step: Step) -> Iterable[Collective]:
     """FSDP: parameters gathered for either pass, gradients spread; all others: gradients summed."""
-    gathered = gathers = 0.0
+    gathered: dict[str, list[float]] = {}
     summed: dict[tuple[str, tuple], list[float]] = {}
     for weight in shape.weights():
         if 'embed' in weight.axes:
             count = _gathers(shape, step, weight)
             item = 4 if len(weight.sizes) == 1 else step.item
-            gathers += count
-            gathered += count * item * numbers(step, weight)
+            total = gathered.setdefault(_gathered_by(step, weight), [0.0, 0.0])
+            total[0] += count * item * numbers(step, weight)
+            total[1] += count
         for kind, axes, whole in _gradient(shape, step, weight):
             count = _sums(shape, step, weight, axes)
             axes = tuple(axis for axis in axes if step.size(axis) > 1)
             total = summed.setdefault((kind, axes), [0.0, 0.0])
             total[0] += whole * count
             total[1] += count
-    if gathers:
-        yield from exchange(step, GATHER, (FSDP,), gathered / gathers, gathers, 'parameters')
+    for kind, (bytes_, count) in gathered.items():
+        yield from exchange(step, kind, (FSDP,), bytes_ / count, count, 'parameters')
     for (kind, axes), (whole, count) in summed.items():
         # Sums along the others are few: the compiler puts them together.
         count = count if axes == (FSDP,) else 1

@@ -31,7 +31,7 @@ def describe(
     return {
         'experiment': identity.experiment,
         'knobs': identity.knobs,
-        'parameters': sum(modules.values()),
+        'parameters': plan.parameters,
         'parameters_by_module': modules,
         'flops_per_step': task.flops_per_example * run.batch,
         'batch': run.batch,

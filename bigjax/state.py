@@ -51,6 +51,11 @@ class Setup(NamedTuple):
     abstract: TrainState
     shardings: TrainState
 
+    @property
+    def parameters(self) -> int:
+        """How many parameters there are."""
+        return sum(leaf.size for leaf in jax.tree.leaves(self.abstract.params))
+
 
 def make_init(task: Task, optimizer: optax.GradientTransformation, seed: int) -> Callable:
     """Returns the pure `(pretrained = {}) -> TrainState` of step 0.
@@ -111,8 +116,7 @@ def first_state(experiment: Experiment, plan: Setup) -> TrainState:
     # One program makes every leaf, so that several processes own them all alike; the random draws
     # that pretrained weights replace are not in it.
     options: dict[str, Any] = {'out_shardings': plan.shardings, 'donate_argnums': 0}
-    parameters = sum(leaf.size for leaf in jax.tree.leaves(plan.abstract.params))
-    if jax.default_backend() == 'cpu' and parameters < FEW_PARAMETERS:
+    if jax.default_backend() == 'cpu' and plan.parameters < FEW_PARAMETERS:
         options['compiler_options'] = {'xla_backend_optimization_level': 0}
     return jax.jit(init, **options)(loaded)
 

@@ -87,12 +87,13 @@ def make_train_step(experiment: Experiment) -> Callable:
 
 def jit_train_step(experiment: Experiment, plan: Setup) -> Any:
     """Returns the train step jitted for a mesh: a state takes the place of the one before."""
+    flops = experiment.task.flops_per_example * experiment.run.batch // experiment.run.accumulate
     return jax.jit(
         make_train_step(experiment),
         in_shardings=(plan.shardings, None),
         out_shardings=(plan.shardings, sharding.replicated(plan.mesh)),
         donate_argnums=0,
-        compiler_options=compiler_options(plan.mesh),
+        compiler_options=compiler_options(plan.mesh, plan.parameters, flops),
     )
 
 
@@ -134,7 +135,6 @@ def train(experiment: Experiment, identity: Identity, workdir: Path) -> Outcome:
         split=times,
         active=jax.process_index() == 0,
     )
-
     profile = Profile(run.profile_steps, workdir)
 
     with (

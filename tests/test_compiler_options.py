@@ -6,24 +6,29 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from bigjax import train
 from bigjax.compiler_options import compiler_options, has_scatter
 from bigjax.mesh import make_mesh
 from bigjax.nn.linear import Dense
 from bigjax.plan.program.compile import devices
+from bigjax.plan.program.compiled import without_data
 from bigjax.plan.topology import parse
+from bigjax.state import setup
 
 LIMIT = 'xla_tpu_scheduler_percent_shared_memory_limit'
 RINGS = 'xla_tpu_enable_windowed_einsum_for_'
+IN_THEIR_LAYER = 'xla_tpu_explicit_control_dcn_collective_pipelining'
+LARGE, MUCH = 8 * 10**9, 10**18  # parameters, and FLOPs of a gradient
 
 
 def test_cpus_are_told_nothing():
-    assert compiler_options(make_mesh('data=-1', devices=jax.devices('cpu'))) == {}
+    assert compiler_options(make_mesh('data=-1', devices=jax.devices('cpu')), LARGE, MUCH) == {}
 
 
 def test_a_tpus_scheduler_may_use_the_whole_hbm():
     pytest.importorskip('libtpu', reason='the compiler for TPUs; there is none for this system')
     mesh = make_mesh('fsdp=4', devices=devices(parse('v5e:2x2')))
-    assert compiler_options(mesh)[LIMIT] == '100'
+    assert compiler_options(mesh, LARGE, MUCH)[LIMIT] == '100'
 
 
 @pytest.mark.parametrize(
@@ -43,9 +48,32 @@ def test_products_are_cut_into_rings_only_where_there_is_no_other_scatter(
 ):
     pytest.importorskip('libtpu', reason='the compiler for TPUs; there is none for this system')
     dcn = 'data=2' if topology.startswith('2*') else ''
-    options = compiler_options(make_mesh(mesh, dcn, devices=devices(parse(topology))))
+    options = compiler_options(make_mesh(mesh, dcn, devices=devices(parse(topology))), LARGE, MUCH)
     assert options[RINGS + 'all_gather'] == 'false'
     assert options.get(RINGS + 'reduce_scatter') == (None if scattered_in_rings else 'false')
+
+
+@pytest.mark.parametrize(
+    ('topology', 'mesh', 'dcn', 'parameters', 'tokens', 'in_their_layer'),
+    [
+        ('2*v5e:2x2', 'data=2,fsdp=4', 'data=2', LARGE, 2.1e6, True),
+        ('2*v5e:2x2', 'data=2,fsdp=4', 'data=2', LARGE, 1.9e6, False),  # too long to hide
+        ('4*v5e:2x2', 'data=8,fsdp=2', 'data=4', LARGE, 6.1e6, True),
+        ('4*v5e:2x2', 'data=8,fsdp=2', 'data=4', LARGE, 5.9e6, False),
+        ('2*v5e:2x2', 'stage=2,data=2,fsdp=2', 'data=2', LARGE, 2.1e6, True),
+        ('2*v5e:2x2', 'data=2,fsdp=4', 'data=2', 3 * 10**9, 2.1e6, False),  # narrow layers
+        ('2*v5e:2x2', 'fsdp=8', 'fsdp=2', LARGE, 1e9, False),  # parameters are gathered, too
+        ('4*v5e:2x2', 'data=2,fsdp=8', 'data=2,fsdp=2', LARGE, 1e9, False),
+        ('v5e:2x4', 'data=2,fsdp=4', '', LARGE, 1e9, False),
+    ],
+)
+def test_short_sums_between_slices_are_waited_for_in_their_layer(
+    topology, mesh, dcn, parameters, tokens, in_their_layer
+):
+    pytest.importorskip('libtpu', reason='the compiler for TPUs; there is none for this system')
+    mesh = make_mesh(mesh, dcn, devices=devices(parse(topology)))
+    options = compiler_options(mesh, parameters, 6 * parameters * tokens)
+    assert options.get(IN_THEIR_LAYER) == ('true' if in_their_layer else None)
 
 
 def compiled(function, shapes, split, options):
@@ -71,7 +99,7 @@ def test_which_slices_scatter_is_what_the_compiler_does(topology, scatters):
 
         return jax.grad(loss)(w_CM)
 
-    options = compiler_options(mesh) | {RINGS + 'reduce_scatter': 'false'}
+    options = compiler_options(mesh, LARGE, MUCH) | {RINGS + 'reduce_scatter': 'false'}
     shapes = [(2048, 4096), (1024 * machine.devices, 2048)]
     assert ('all-reduce-scatter' in compiled(gradient, shapes, split, options)) == scatters
 
@@ -100,6 +128,44 @@ def test_sums_are_scattered_along_a_width_of_odd_parts_where_dense_writes_it_out
             gradient,
             [(64, 1024, 4096), (4096, width)],
             NamedSharding(mesh, P('fsdp')),
-            compiler_options(mesh),
+            compiler_options(mesh, LARGE, MUCH),
         )
     assert ('all-reduce-scatter' in text) == scatters
+
+
+def test_no_layer_is_taken_out_of_the_loop_for_short_sums():
+    pytest.importorskip('libtpu', reason='the compiler for TPUs; there is none for this system')
+    mesh = make_mesh('data=2,fsdp=4', 'data=2', devices=devices(parse('2*v5e:2x2')))
+    split = NamedSharding(mesh, P(('data', 'fsdp')))
+
+    def gradient(w_LMM, x_BM):
+        def loss(w_LMM):
+            def layer(x_BM, w_MM):
+                return jnp.tanh(x_BM @ w_MM), None
+
+            return jnp.sum(jax.lax.scan(layer, x_BM, w_LMM)[0].astype(jnp.float32))
+
+        dw_LMM = jax.grad(loss)(w_LMM)
+        return jax.lax.with_sharding_constraint(dw_LMM, NamedSharding(mesh, P(None, 'fsdp')))
+
+    def products(flops):
+        shapes = [(8, 1024, 1024), (4096, 1024)]
+        options = compiler_options(mesh, LARGE, flops)
+        return compiled(gradient, shapes, split, options).count(' convolution(')
+
+    # Of a layer: its product, and the two of its gradients.
+    assert products(MUCH) == 3
+    assert products(1) > 3
+
+
+def test_the_train_step_says_how_much_a_gradient_is(monkeypatch):
+    told = []
+    monkeypatch.setattr(train, 'compiler_options', lambda *values: told.append(values))
+    values = {'size': '8B', 'dataset': 'blank', 'seq': 2048, 'batch': 64, 'accumulate': 4}
+    experiment = without_data('llama', values)
+    plan = setup(experiment)
+    train.jit_train_step(experiment, plan)
+    ((mesh, parameters, flops),) = told
+    assert mesh is plan.mesh
+    assert parameters == 8_030_261_248  # as published
+    assert flops == experiment.task.flops_per_example * 16

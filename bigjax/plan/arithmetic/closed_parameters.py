@@ -67,10 +67,11 @@ def _gathers(shape: Shape, step: Step, weight: Weight) -> float:
     A matrix of a layer is so in each pass, and where it is computed again once more for its own
     gradient, if a whole part of the block lies between: attention, or its experts. A pipeline keeps
     it for both. A table is used once in either pass, with nothing between that would make a device
-    forget it, so it is gathered once; but a program of several slices does so for each of its uses.
+    forget it, so it is gathered once; but a program of several slices gathers one that makes logits
+    twice.
     """
     if not weight.layered:
-        twice = _slices(step) > 1 and (shape.tied or weight.name == 'output')
+        twice = _slices(step) > 1 and weight.name == ('embedding' if shape.tied else 'output')
         return (1 + twice) * step.accumulate
     far = ('qkv', 'out') if shape.routing.experts else ('qkv',)
     again = weight.makes in far and weight.makes in recomputed(shape, step.saved)

@@ -17,9 +17,7 @@ from bigjax.nn.attention import (
     cached_attention,
     empty_layers,
 )
-from bigjax.nn.constrain import constrain, enter, gather_width, parts
 from bigjax.nn.context import laid_out
-from bigjax.nn.linear import embedding_logits
 from bigjax.nn.moe import DENSE, Routing
 from bigjax.strategy import Context, Matmul, Remat
 
@@ -161,16 +159,3 @@ def _write(cache_BSF: jax.Array, new_BTKD: jax.Array, start_B: jax.Array) -> jax
         lambda row, new, start: jax.lax.dynamic_update_slice_in_dim(row, new, start, 0)
     )
     return update(cache_BSF, new_BTF, start_B)
-
-
-def logits(x_BTC: jax.Array, embedding_VC: jax.Array) -> jax.Array:
-    """Returns float32 logits [B, T, V] of the last layer's output, normalised.
-
-    Devices that cannot share the vocabulary share positions.
-    """
-    table_VC = gather_width(embedding_VC.astype(x_BTC.dtype))
-    if parts('vocab', table_VC.shape[0]) == 1:
-        places = 'examples', 'sequence', None
-        return constrain(embedding_logits(constrain(x_BTC, *places), table_VC), *places)
-    logits_BTV = embedding_logits(enter(x_BTC, 'examples'), table_VC)
-    return constrain(logits_BTV, 'examples', 'length', 'vocab')

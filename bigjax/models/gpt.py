@@ -11,12 +11,13 @@ from typing import Any
 import flax.linen as nn
 import jax
 
-from bigjax.models.decoder import Cache, DecoderLM, attend, logits, positions
+from bigjax.models.decoder import Cache, DecoderLM, attend, positions
 from bigjax.nn.activations import gelu
 from bigjax.nn.attention import Implementation, KeyValue, check_heads, split_projections
 from bigjax.nn.constrain import constrain, enter, leave
 from bigjax.nn.context import laid_out
 from bigjax.nn.linear import Dense
+from bigjax.nn.logits import logits
 from bigjax.nn.look_up import look_up
 from bigjax.nn.moe import DENSE, MoE, Routing
 from bigjax.nn.norm import LayerNorm

@@ -11,10 +11,11 @@ import flax.linen as nn
 import jax
 
 from bigjax.experiment import UsageError
-from bigjax.models.decoder import Cache, DecoderLM, attend, logits, positions
+from bigjax.models.decoder import Cache, DecoderLM, attend, positions
 from bigjax.nn.attention import Implementation, KeyValue, check_heads
 from bigjax.nn.constrain import constrain, enter, leave
 from bigjax.nn.linear import Dense
+from bigjax.nn.logits import logits
 from bigjax.nn.look_up import look_up
 from bigjax.nn.moe import DENSE, MoE, Routing
 from bigjax.nn.norm import RMSNorm

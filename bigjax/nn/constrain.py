@@ -1,9 +1,11 @@
 """Where activations lie on the mesh: what a model says of their dimensions, by logical names.
 
-Legend: B batch, T positions, C width, V vocabulary.
+Legend: B batch, T positions, C width.
 """
 
 import functools
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -33,16 +35,35 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, spec) if _large(mesh) else x
 
 
-def parts(name: str, size: int) -> int:
-    """Returns how many parts the mesh that is set splits a dimension of an activation into.
+def axes(name: str, size: int) -> tuple[str, ...]:
+    """Returns the axes of the mesh that is set which split a dimension of an activation.
 
     Args:
       name: of the dimension, as in `constrain`.
       size: its size.
     """
+    (found,) = activation_spec((name,), (size,), jax.sharding.get_abstract_mesh())
+    return (found,) if isinstance(found, str) else found or ()
+
+
+def parts(name: str, size: int) -> int:
+    """Returns how many parts `axes` splits a dimension of an activation into."""
     mesh = jax.sharding.get_abstract_mesh()
-    spec = activation_spec((name,), (size,), mesh)
-    return size // jax.NamedSharding(mesh, spec).shard_shape((size,))[0]
+    return math.prod(mesh.shape[axis] for axis in axes(name, size))
+
+
+def on_each(local: Any, inputs: Sequence[jax.P], outputs: Any) -> Any:
+    """Returns a function of whole arrays that each device computes by `local` from its parts.
+
+    Args:
+      local: function of the parts that a device has; it says what devices send each other.
+      inputs: how each argument is split.
+      outputs: how its result is, a PartitionSpec or several.
+    """
+    free = free_axes(jax.sharding.get_abstract_mesh())
+    return jax.shard_map(
+        local, in_specs=tuple(inputs), out_specs=outputs, axis_names=free, check_vma=False
+    )
 
 
 def free_axes(mesh: Any) -> set[str]:
@@ -95,11 +116,3 @@ def leave(x_BTC: jax.Array) -> jax.Array:
 def mesh_is_large() -> bool:
     """Returns whether a mesh is set on which the compiler has anything to place."""
     return _large(jax.sharding.get_abstract_mesh())
-
-
-def gather_width(table_VC: jax.Array) -> jax.Array:
-    """Returns an embedding that each device holds for its rows at their whole width.
-
-    It is gathered in the type that it has here; its gradient is scattered.
-    """
-    return constrain(constrain(table_VC, 'vocab', 'embed'), 'vocab', None)

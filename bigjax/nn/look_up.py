@@ -12,8 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from bigjax.nn.constrain import constrain, free_axes, mesh_is_large
-from bigjax.sharding import activation_spec
+from bigjax.nn.constrain import axes, constrain, mesh_is_large, on_each
 
 Axes = tuple[str, ...]
 
@@ -66,12 +65,6 @@ class _Places(NamedTuple):
 
 
 def _places(table: tuple[int, ...], tokens: tuple[int, ...]) -> _Places:
-    mesh = jax.sharding.get_abstract_mesh()
-
-    def axes(name: str, size: int) -> Axes:
-        (found,) = activation_spec((name,), (size,), mesh)
-        return (found,) if isinstance(found, str) else found or ()
-
     vocab, given = axes('vocab', table[0]), axes('sequence', tokens[1])
     # A device with the whole vocabulary needs no other's help for the positions that it keeps.
     read = axes('length', tokens[1]) if vocab else given
@@ -81,11 +74,6 @@ def _places(table: tuple[int, ...], tokens: tuple[int, ...]) -> _Places:
 def _own(tokens_BT: jax.Array, rows: int, vocab: Axes) -> jax.Array:
     """Returns where tokens are in the rows of this device: in no row, of others' tokens."""
     return tokens_BT - jax.lax.axis_index(vocab) * rows if vocab else tokens_BT
-
-
-def _mapped(local: Any, inputs: tuple[jax.P, jax.P], output: jax.P) -> Any:
-    free = free_axes(jax.sharding.get_abstract_mesh())
-    return jax.shard_map(local, in_specs=inputs, out_specs=output, axis_names=free, check_vma=False)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -105,7 +93,7 @@ def _rows(embedding_VC: jax.Array, tokens_BT: jax.Array, dtype: Any) -> jax.Arra
             return jax.lax.psum_scatter(x_BTC, at.spread, scatter_dimension=1, tiled=True)
         return jax.lax.psum(x_BTC, at.vocab) if at.vocab else x_BTC
 
-    return _mapped(local, (at.table, at.tokens), at.result)(embedding_VC, tokens_BT)
+    return on_each(local, (at.table, at.tokens), at.result)(embedding_VC, tokens_BT)
 
 
 def _rows_forward(embedding_VC: jax.Array, tokens_BT: jax.Array, dtype: Any):
@@ -133,7 +121,7 @@ def _rows_backward(dtype: Any, residuals: tuple[jax.Array, jax.Array], dx_BTC: j
         return jax.lax.psum(sums_VC, rest) if rest else sums_VC
 
     table = at.table if scatters else jax.P(at.vocab, None)
-    sums_VC = _mapped(local, (at.result, at.tokens), table)(dx_BTC, tokens_BT)
+    sums_VC = on_each(local, (at.result, at.tokens), table)(dx_BTC, tokens_BT)
     return constrain(sums_VC, 'vocab', 'embed'), None
 
 

@@ -10,9 +10,7 @@ import pytest
 from matrix_flops import matrix_flops
 from model_variables import check_rules
 
-from bigjax.mesh import make_mesh
 from bigjax.models import gpt, llama
-from bigjax.models.decoder import logits
 from bigjax.nn.moe import Routing
 from bigjax.nn.rotary import RotaryScaling
 from bigjax.nn.stack import stack_layers
@@ -168,23 +166,6 @@ def test_experts_count_as_far_as_a_token_uses_them():
     one = Routing(experts=8, experts_per_token=1)
     router = 2 * 2 * 64 * 64 * 8
     assert gpt.forward_flops(**shape, routing=one) == gpt.forward_flops(**shape) + router
-
-
-@pytest.mark.parametrize(('vocabulary', 'each'), [(18, (1, 8, 9)), (17, (1, 4, 17))])
-def test_devices_share_positions_where_they_cannot_share_the_vocabulary(vocabulary, each):
-    def loss(x_BTC, table_VC):
-        logits_BTV = logits(x_BTC, table_VC)
-        return jnp.sum(jnp.sin(logits_BTV)), logits_BTV
-
-    step = jax.value_and_grad(loss, (0, 1), has_aux=True)
-    x_BTC = jax.random.normal(jax.random.key(0), (4, 8, 16))
-    table_VC = jax.random.normal(jax.random.key(1), (vocabulary, 16))
-    want = jax.jit(step)(x_BTC, table_VC)
-    with jax.set_mesh(make_mesh('data=2,fsdp=2,tensor=2')):
-        got = jax.jit(step)(x_BTC, table_VC)
-    logits_BTV = got[0][1]
-    assert logits_BTV.sharding.shard_shape(logits_BTV.shape) == each
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), got, want)
 
 
 @pytest.mark.parametrize('name', ['gpt', 'llama'])

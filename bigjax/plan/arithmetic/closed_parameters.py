@@ -67,12 +67,10 @@ def _gathers(shape: Shape, step: Step, weight: Weight) -> float:
     A matrix of a layer is so in each pass, and where it is computed again once more for its own
     gradient, if a whole part of the block lies between: attention, or its experts. A pipeline keeps
     it for both. A table is used once in either pass, with nothing between that would make a device
-    forget it, so it is gathered once; but a program of several slices gathers one that makes logits
-    twice.
+    forget it, so it is gathered once.
     """
     if not weight.layered:
-        twice = _slices(step) > 1 and weight.name == ('embedding' if shape.tied else 'output')
-        return (1 + twice) * step.accumulate
+        return step.accumulate
     far = ('qkv', 'out') if shape.routing.experts else ('qkv',)
     again = weight.makes in far and weight.makes in recomputed(shape, step.saved)
     return (2 + (again and step.stages == 1)) * visits(shape, step)
@@ -114,20 +112,15 @@ def _table(
     Logits are made of equal parts of the rows by all stages of a pipeline.
     """
     held, split = numbers(step, weight), step.size(FSDP)
-    # Of float32 libtpu scatters no part that is not a multiple of 128.
-    uneven = step.topology.hardware.is_tpu and weight.sizes[-1] // split % 128
     if read:  # `bigjax.nn.look_up` says what is sent.
-        yield REDUCE if _no_scatter(step) or uneven else SCATTER, (FSDP,), 4 * held
-        yield REDUCE, rows, 4 * held / split
-        return
-    rows = (*rows, STAGE)
-    near = step.topology.hardware.is_tpu and _slices(step) == 1
-    if near and split > 1 and (step.size(*rows) > 1 or _no_scatter(step)):
-        yield REDUCE, (*rows, FSDP), step.item * held
-        return
-    held *= step.item if split == 1 or step.stages > 1 else 4
-    yield REDUCE if uneven and _no_scatter(step) else SCATTER, (FSDP,), held
-    yield REDUCE, rows, held / split
+        item, even = 4, 128
+    else:  # `bigjax.nn.logits`.
+        item, even, rows = step.item, 256, (*rows, STAGE)
+    # libtpu scatters among all of a square or a box where there are several, and only such parts.
+    uneven = step.topology.hardware.is_tpu and weight.sizes[-1] // split % even
+    whole = uneven or (_no_scatter(step) and _slices(step) == 1)
+    yield REDUCE if whole else SCATTER, (FSDP,), item * held
+    yield REDUCE, rows, item * held / split
 
 
 def numbers(step: Step, weight: Weight) -> float:

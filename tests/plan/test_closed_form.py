@@ -342,6 +342,8 @@ def test_slices_are_crossed_by_what_is_left_after_they_added_up():
     assert (found.network, found.bytes) == ('dcn', 2 / 2 * whole / 16)
     here = sent(SHAPE, how, 'fsdp')
     assert here['all-reduce', 'gradients'] == pytest.approx(2 * whole * 15 / 16)
+    wide = sent(dataclasses.replace(SHAPE, width=4096), how, 'fsdp')  # Parts of tables of 256.
+    assert wide['reduce-scatter', 'gradients'] == 256 * 4096 * (4 + 2) * 15 / 16
     # Small parts are gathered by sums.
     once = sent(SHAPE, step('fsdp=16'), 'fsdp')['all-gather', 'parameters']
     assert here['all-reduce', 'parameters'] == pytest.approx(2 * once)

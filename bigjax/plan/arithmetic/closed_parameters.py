@@ -116,7 +116,8 @@ def _table(
         item, even = 4, 128
     else:  # `bigjax.nn.logits`.
         item, even, rows = step.item, 256, (*rows, STAGE)
-    # libtpu scatters among all of a square or a box where there are several, and only such parts.
+    # Where there are several slices libtpu scatters tables among all of a square or a box, too, but
+    # nowhere parts that are not even.
     uneven = step.topology.hardware.is_tpu and weight.sizes[-1] // split % even
     whole = uneven or (_no_scatter(step) and _slices(step) == 1)
     yield REDUCE if whole else SCATTER, (FSDP,), item * held

@@ -3,7 +3,8 @@
 Only matrix products count, as everywhere in bigjax.
 """
 
-from bigjax.plan.arithmetic.shape import CONTEXT, Shape, Step
+from bigjax.plan.arithmetic.shape import CONTEXT, TENSOR, Shape, Step
+from pallas_kernels.attention.tpu.layout import heads
 from pallas_kernels.attention.xla_runs import is_short, runs
 
 # Products of the scores' size: q k and p v forward; backward p again, dp, dv, dq and dk.
@@ -59,6 +60,15 @@ def computed_pairs(step: Step) -> float:
         return length**2
     cut = runs(1, length, length, 1, left=None, right=0, shift=0)
     return sum(run.count * run.queries * run.keys for run in cut)
+
+
+def _filled(shape: Shape, step: Step) -> float:
+    """Returns what the TPU kernels multiply over what there is: they fill heads up with zeros."""
+    if step.attention != 'kernel' or not step.topology.hardware.is_tpu:
+        return 1.0
+    H, K = (max(1, n // step.size(TENSOR)) for n in (shape.heads, shape.kv_heads))
+    there = heads(H, K, shape.head_dim, shape.head_dim)
+    return there.n_q * there.D / (H * shape.head_dim)
 
 
 def attention_products(shape: Shape, step: Step) -> int:
@@ -118,6 +128,7 @@ def row_flops(shape: Shape, step: Step) -> tuple[float, float, float]:
     if experts:  # A token's outputs, weighted and summed, and the weights' gradients.
         block += 2 * 2 * step.length * shape.routing.experts_per_token * shape.width
     attention = attention_products(shape, step) * product_flops(shape, computed_pairs(step))
+    attention *= _filled(shape, step)
     # Stages that have nothing to do compute, too.
     layers = shape.layers * step.bubble(shape.layers)
     return layers * block, layers * attention, 3 * head_flops(shape, step.length)

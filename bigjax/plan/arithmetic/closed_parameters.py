@@ -24,8 +24,11 @@ from bigjax.plan.records import Collective
 # devices, 512 tokens and 32 KiB, not with 64 or 8 KiB.
 MOST_IN_RING, LEAST_RING_TOKENS, LEAST_RING_BYTES = 32, 512, 2**14
 # Of several slices it gathers such small parts along a whole square by a sum, and along a whole box
-# all. Seen with 24 and 32 KiB, not with 196.
+# all. Seen with 24 and 32 KiB, not with 196; not with 32 of 16 devices.
 MOST_SUMMED_BYTES = 2**15
+# What is innermost of an array it keeps in whole vectors of lanes. Gradients of query, key and
+# value that are as small go between slices together, unfilled. Seen with 64 KiB, not with 128.
+LANES, MOST_JOINED_BYTES = 128, 2**16
 
 
 def _slices(step: Step) -> int:
@@ -39,13 +42,29 @@ def _no_scatter(step: Step) -> bool:
     return step.topology.hardware.is_tpu and whole and not has_scatter(step.topology.shape)
 
 
+def _vectors(step: Step, weight: Weight) -> tuple[bool, float]:
+    """Returns whether a gradient can be scattered along FSDP, and by what factor its lanes fill up.
+
+    Of heads one head or a device's part of the width is innermost, whichever fills its vectors
+    better, else the last dimension; a part that does not fill them cannot be scattered. Other
+    matrices have a dimension that fills them.
+    """
+    if weight.makes not in ('qkv', 'out') or not step.topology.hardware.is_tpu:
+        return True, 1.0
+    head = weight.sizes[weight.axes.index(None)]
+    part = weight.sizes[weight.axes.index('embed')] // step.size(FSDP)
+    of_head, of_part = (math.ceil(size / LANES) * LANES / size for size in (head, part))
+    by_part = of_part < of_head or (of_part == of_head and weight.axes[-1] == 'embed')
+    return not by_part or of_part == 1, min(of_head, of_part)
+
+
 def spread(step: Step, weight: Weight) -> tuple[str, float]:
     """Returns how a layer's gradient comes to be split along FSDP: a kind, how often it is sent."""
     n = step.size(FSDP)
     if step.dcn.get(FSDP, 1) > 1:
         return REDUCE, 1
     if not _no_scatter(step):
-        return SCATTER, 1
+        return (SCATTER if _vectors(step, weight)[0] else REDUCE), 1
     part = numbers(step, weight) * step.item / n
     small = step.tokens / step.parts < LEAST_RING_TOKENS or part < LEAST_RING_BYTES
     if n > MOST_IN_RING or _slices(step) > 1 or small:
@@ -55,10 +74,11 @@ def spread(step: Step, weight: Weight) -> tuple[str, float]:
 
 def _gathered_by(step: Step, weight: Weight) -> str:
     """Returns a kind: a sum of one device's part and zeros sends twice what gathering does."""
-    part = numbers(step, weight) * step.item / step.size(FSDP)
+    n = step.size(FSDP)
+    small = numbers(step, weight) * step.item / n <= MOST_SUMMED_BYTES and n > MOST_IN_RING
     box = sum(side > 1 for side in step.topology.shape) == 3
     here = _slices(step) > 1 and step.dcn.get(FSDP, 1) == 1 and _no_scatter(step)
-    return REDUCE if here and (box or part <= MOST_SUMMED_BYTES) else GATHER
+    return REDUCE if here and (box or small) else GATHER
 
 
 def _gathers(shape: Shape, step: Step, weight: Weight) -> float:
@@ -95,7 +115,11 @@ def _gradient(shape: Shape, step: Step, weight: Weight) -> Iterable[tuple[str, t
         yield kind, (FSDP,), step.item * held * turns
         # What is published of GPUs sums what has accumulated, in float32.
         item = step.item if step.topology.hardware.is_tpu else 4
-        yield REDUCE, rows, item * held / step.size(FSDP)
+        part = item * held / step.size(FSDP)
+        joined = weight.makes == 'qkv' and part <= MOST_JOINED_BYTES
+        if math.prod(step.dcn.get(axis, 1) for axis in rows) > 1 and not joined:
+            part *= _vectors(step, weight)[1]
+        yield REDUCE, rows, part
     elif weight.name == 'embedding' and shape.tied and (split or step.topology.hardware.is_tpu):
         # Its uses, each by itself.
         yield from _table(step, of_table, weight, read=True)

@@ -29,9 +29,13 @@ def cross_entropy(
     valid = labels >= 0
     index = jnp.maximum(labels, 0)[..., None]
     peak = jax.lax.stop_gradient(logits.max(axis=-1))
-    log_sum = jnp.log(jnp.exp(logits - peak[..., None]).sum(axis=-1))
-    # Gathered before, not after, the maximum is taken off: the shifted logits are never stored.
-    loss = log_sum - (jnp.take_along_axis(logits, index, axis=-1)[..., 0] - peak)
+    total = jnp.exp(logits - peak[..., None]).sum(axis=-1)
+    # Gathered before, not after, the maximum is taken off: the shifted logits are never stored. And
+    # gathered before the gradient, which needs the sum: else logits may be kept until the end.
+    own = jnp.take_along_axis(logits, index, axis=-1)[..., 0]
+    total, own = jax.lax.optimization_barrier((total, own))
+    log_sum = jnp.log(total)
+    loss = log_sum - (own - peak)
     if label_smoothing:
         uniform = log_sum - (logits.mean(axis=-1) - peak)
         loss = (1 - label_smoothing) * loss + label_smoothing * uniform

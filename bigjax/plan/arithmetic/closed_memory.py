@@ -74,15 +74,19 @@ def gathered_bytes(shape: Shape, step: Step) -> float:
 
 
 def head_bytes(shape: Shape, step: Step) -> float:
-    """Returns what the output layer works with: logits in float32, their gradient, its matrix.
+    """Returns what the output layer works with: float32 logits, its matrix, the stream in float32.
 
-    Each stage of a pipeline makes the logits of a part of the rows. The tensor axis splits them by
+    TPU's products make the gradient of the logits as they read it; elsewhere it is stored. Each
+    stage of a pipeline makes the logits of a part of the rows. The tensor axis splits them by
     positions where it does not by the vocabulary.
     """
-    logits = step.tokens / step.stages * shape.vocab / step.size(TENSOR)
+    tokens = step.tokens / step.stages
+    logits = tokens * shape.vocab / step.size(TENSOR)
     vocab = shape.vocab / (step.size(TENSOR) if shape.split_vocab else 1)
+    gradient = 0 if step.topology.hardware.is_tpu else step.item
     # The matrix is gathered, and so is its gradient before it is spread.
-    return logits * (4 + step.item) + 2 * shape.width * vocab * step.item
+    matrices = 2 * shape.width * vocab * step.item
+    return logits * (4 + gradient) + matrices + tokens * shape.width * (4 + step.item)
 
 
 def block_bytes(shape: Shape, step: Step) -> float:

@@ -1,7 +1,7 @@
 """What decoders' compiled programs compute, and send along each axis, against the closed form.
 
 `data/exchanges.json` has what programs of libtpu 0.0.52 said, by axes of at least a hundredth of
-all that is sent; small ones are compiled again here.
+all that is sent, and of some the peak of HBM without code; small ones are compiled again here.
 """
 
 import json
@@ -41,6 +41,13 @@ def test_a_program_does_what_arithmetic_says(row):
     closed = by_closed_form(experiment, row['values'], parse(row['topology'])).closed
     assert closed.executed_flops == pytest.approx(row['flops'], rel=1e-3)
     check(row['bytes'], closed)
+
+
+@pytest.mark.parametrize('row', [row for row in PROGRAMS if 'hbm' in row], ids=name)
+def test_a_program_holds_what_arithmetic_says(row):
+    experiment = row.get('experiment', 'llama')
+    held = by_closed_form(experiment, row['values'], parse(row['topology'])).closed.memory.bytes
+    assert sum(held.values()) - held['program'] == pytest.approx(row['hbm'], rel=0.15)
 
 
 @pytest.mark.slow
